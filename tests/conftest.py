@@ -1,4 +1,4 @@
-"""What every test shares: one thread, one seed, a tiny model, a small folder of drawn cells, the way to the real ones."""
+"""What every test shares: one thread, one seed, a tiny model, drawn cells, and the way to the real ones."""
 
 # ruff: noqa: E402 (the environment comes first: torch reads it when it is imported)
 
