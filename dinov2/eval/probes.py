@@ -1,0 +1,269 @@
+"""Classifiers on frozen features: nearest neighbours, a linear probe, logistic regression.
+
+All are exact and deterministic: the neighbours are those of brute force, and the two linear models are convex problems
+solved to the optimum, so scikit-learn finds the same (a test says so).
+
+- k-NN: L2-normalised features, votes weighted by exp(cosine / 0.07), as DINOv2.
+- linear probe: softmax regression on standardised features with a fixed L2 penalty (C = 1), what
+  `make_pipeline(StandardScaler(), LogisticRegression())` fits. Nothing to tune, so it can be read during training.
+  DINOv2's own grid of SGD-trained linear layers is `dinov2.eval.linear`.
+- logistic regression: features as they are, C chosen on a held-out tenth of the training rows, as DINOv2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from dinov2.eval.features import FeatureTable
+from dinov2.eval.metrics import classification_scores
+
+DEFAULT_TEMPERATURE = 0.07
+QUERY_BLOCK = 1024  # rows of a similarity block; 1024 x 65536 float32 values are 256 MiB
+BANK_BLOCK = 65536
+
+
+# --------------------------------------------------------------------------- nearest neighbours
+
+
+def nearest_neighbours(
+    bank: Tensor, queries: Tensor, k: int, *, backend: str = "torch", exclude_self: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The k rows of `bank` (N, D) with the largest dot product to each query (M, D), best first.
+
+    Similarities are computed block by block, so memory does not grow with N x M.
+
+    Args:
+        bank: rows to choose from.
+        queries: rows to find neighbours for, on any device of their own.
+        k: at most N.
+        backend: "torch", or "faiss" (extra `faiss`) for an exact search on the CPU.
+        exclude_self: query i is row i of the bank, and is not its own neighbour.
+
+    Returns:
+        similarities (M, k) and row numbers (M, k).
+    """
+    if k > len(bank) - exclude_self:
+        raise ValueError(f"{k} neighbours asked of {len(bank) - exclude_self} rows")
+    search = {"torch": _search_blocks, "faiss": _search_faiss}[backend]
+    found = [search(bank, block, k + exclude_self) for block in queries.split(QUERY_BLOCK)]
+    if not found:
+        return queries.new_zeros(0, k), torch.zeros(0, k, dtype=torch.long, device=queries.device)
+    similarities, rows = (torch.cat(part) for part in zip(*found))
+    if exclude_self:
+        # a duplicate may come before the query itself, so look for it instead of dropping the first column
+        own = rows == torch.arange(len(queries), device=rows.device)[:, None]
+        own[~own.any(dim=1), -1] = True
+        similarities, rows = similarities[~own].view(-1, k), rows[~own].view(-1, k)
+    return similarities, rows
+
+
+def _search_blocks(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Running top k over blocks of the bank."""
+    best, rows = None, None
+    for start in range(0, len(bank), BANK_BLOCK):
+        block = bank[start : start + BANK_BLOCK].to(queries.device)
+        similarities, found = (queries @ block.T).topk(min(k, len(block)), dim=1)
+        found = found + start
+        if best is not None:
+            similarities, order = torch.cat([best, similarities], dim=1).topk(min(k, start + len(block)), dim=1)
+            found = torch.cat([rows, found], dim=1).gather(1, order)
+        best, rows = similarities, found
+    return best, rows
+
+
+def _search_faiss(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Exact inner-product search by faiss."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError("the faiss backend needs the extra: pip install 'dinov2[faiss]'") from error
+    similarities, rows = faiss.knn(
+        queries.cpu().float().numpy(), bank.cpu().float().numpy(), k, metric=faiss.METRIC_INNER_PRODUCT
+    )
+    return torch.from_numpy(similarities).to(queries.device), torch.from_numpy(rows).to(queries.device)
+
+
+def neighbour_votes(
+    similarities: Tensor, neighbour_labels: Tensor, ks: Sequence[int], temperature: float, num_classes: int
+) -> dict[int, Tensor]:
+    """DINOv2's vote: each neighbour gives exp(similarity / T) to its class; shares are of all neighbours given.
+
+    Args:
+        similarities: (M, K), best first.
+        neighbour_labels: (M, K).
+        ks: how many of the K neighbours vote, each at most K.
+
+    Returns:
+        For each k, votes (M, C). Rows sum to 1 for k = K and to less for smaller k.
+    """
+    weights = torch.softmax(similarities / temperature, dim=1)
+    votes, counted, done = {}, weights.new_zeros(len(weights), num_classes), 0
+    for k in sorted(ks):
+        counted = counted.scatter_add(1, neighbour_labels[:, done:k], weights[:, done:k])
+        votes[k], done = counted, k
+    return {k: votes[k] for k in ks}
+
+
+def knn_predict(
+    train_features: np.ndarray | Tensor,
+    train_labels: np.ndarray | Tensor,
+    test_features: np.ndarray | Tensor,
+    ks: Sequence[int],
+    temperature: float = DEFAULT_TEMPERATURE,
+    num_classes: int | None = None,
+    backend: str = "torch",
+) -> dict[int, Tensor]:
+    """Class probabilities (M, C) for each k, by temperature-weighted vote of the nearest neighbours.
+
+    Features are L2-normalised here. A k larger than the training set means all of it.
+    """
+    bank, queries = (torch.nn.functional.normalize(torch.as_tensor(f), dim=1) for f in (train_features, test_features))
+    labels = torch.as_tensor(train_labels).to(queries.device)
+    num_classes = int(num_classes or labels.max() + 1)
+    allowed = {k: min(k, len(bank)) for k in ks}
+    similarities, rows = nearest_neighbours(bank, queries, max(allowed.values()), backend=backend)
+    votes = neighbour_votes(similarities, labels[rows], sorted(set(allowed.values())), temperature, num_classes)
+    return {k: votes[n] / votes[n].sum(dim=1, keepdim=True) for k, n in allowed.items()}
+
+
+# --------------------------------------------------------------------------- softmax regression
+
+
+@dataclass(frozen=True)
+class SoftmaxRegression:
+    """A linear model with softmax: probabilities of (M, D) are softmax(x @ weight.T + bias)."""
+
+    weight: Tensor  # (C, D)
+    bias: Tensor  # (C,)
+
+    def logits(self, features: np.ndarray | Tensor) -> Tensor:
+        """Scores (M, C)."""
+        x = torch.as_tensor(features).to(self.weight)
+        return x @ self.weight.T + self.bias
+
+    def predict_proba(self, features: np.ndarray | Tensor) -> Tensor:
+        """Probabilities (M, C)."""
+        return self.logits(features).softmax(dim=1)
+
+
+def fit_softmax_regression(
+    features: np.ndarray | Tensor,
+    labels: np.ndarray | Tensor,
+    num_classes: int,
+    *,
+    C: float = 1.0,
+    max_iter: int = 1000,
+    tolerance: float = 1e-5,
+    start: SoftmaxRegression | None = None,
+) -> SoftmaxRegression:
+    """Minimise C * (sum of cross-entropies) + |weight|^2 / 2 with L-BFGS in the precision of the features.
+
+    The objective is scikit-learn's `LogisticRegression` (the bias is not penalised).
+
+    Args:
+        features: (N, D).
+        labels: (N,), from 0 to num_classes - 1; a class may be absent, its probability then tends to 0.
+        C: inverse strength of the penalty.
+        max_iter: L-BFGS iterations at most.
+        tolerance: stop when no component of the gradient of the mean loss is larger.
+        start: where to begin, such as the solution for a nearby C.
+    """
+    x = torch.as_tensor(features)
+    y = one_hot(torch.as_tensor(labels).to(x.device, torch.long), num_classes).to(x.dtype)
+    scale = 1 / (C * len(x))  # the mean loss has gradients of the same size for every C and N
+    weight = start.weight.clone() if start else x.new_zeros(num_classes, x.shape[1])
+    bias = start.bias.clone() if start else x.new_zeros(num_classes)
+    weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=max_iter,
+        tolerance_grad=tolerance,
+        tolerance_change=1e-12,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
+
+    @torch.no_grad()
+    def objective() -> Tensor:
+        log_p = torch.log_softmax(torch.addmm(bias, x, weight.T), dim=1)
+        error = (log_p.exp() - y) / len(x)
+        weight.grad.copy_(error.T @ x).add_(weight, alpha=scale)
+        bias.grad.copy_(error.sum(dim=0))
+        return -(log_p * y).sum() / len(x) + scale / 2 * weight.square().sum()
+
+    optimizer.step(objective)
+    return SoftmaxRegression(weight, bias)
+
+
+def standardise(train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Zero mean and unit deviation per column of `train`; the others by the same numbers; constant columns become 0."""
+    train = np.asarray(train, np.float64)
+    mean, std = train.mean(axis=0), train.std(axis=0)
+    std = np.where(std < 10 * np.finfo(np.float32).eps * np.maximum(np.abs(mean), 1e-30), 1.0, std)
+    return tuple((np.asarray(x, np.float64) - mean) / std for x in (train, *others))
+
+
+def linear_probe_predict(
+    train_features: np.ndarray,
+    train_labels: np.ndarray,
+    test_features: np.ndarray,
+    num_classes: int,
+    *,
+    C: float = 1.0,
+    max_iter: int = 1000,
+) -> Tensor:
+    """Class probabilities (M, C) of softmax regression on standardised features."""
+    train, test = standardise(train_features, test_features)
+    return fit_softmax_regression(train, train_labels, num_classes, C=C, max_iter=max_iter).predict_proba(test)
+
+
+# --------------------------------------------------------------------------- scores
+
+
+def align_classes(train: FeatureTable, test: FeatureTable) -> FeatureTable:
+    """`test` with its labels counted as in `train.classes`.
+
+    Raises:
+        ValueError: unlabelled rows, fewer than two classes to learn, or a class in `test` that `train` does not have.
+    """
+    for role, table in (("training", train), ("test", test)):
+        if (table.labels < 0).any():
+            raise ValueError(f"{int((table.labels < 0).sum())} images of the {role} set have no label")
+    if len(np.unique(train.labels)) < 2:
+        raise ValueError(
+            f"only one class to learn from ({', '.join(train.classes) or 'unnamed'}): "
+            "a classifier needs at least two; give a folder with one sub-folder per class"
+        )
+    if list(train.classes) == list(test.classes):
+        return test
+    used = [test.classes[i] for i in np.unique(test.labels)]
+    if unknown := [name for name in used if name not in train.classes]:
+        raise ValueError(
+            f"classes {unknown} of the test set are not among those of the training set {list(train.classes)}; "
+            "rename the folders or give a label map (--label-map)"
+        )
+    position = np.array([list(train.classes).index(name) if name in train.classes else -1 for name in test.classes])
+    return FeatureTable(**{**vars(test), "labels": position[test.labels], "classes": list(train.classes)})
+
+
+def score_features(
+    train: FeatureTable, test: FeatureTable, ks: Sequence[int] = (1, 20), linear: bool = True
+) -> dict[str, dict[str, float]]:
+    """Scores on `test` of classifiers fitted on `train`, by probe: {"knn_1": {"accuracy": ...}, ..., "linear": ...}.
+
+    Every score of `dinov2.eval.metrics.SCORES` is given. Raises what `align_classes` raises.
+    """
+    test = align_classes(train, test)
+    num_classes = max(len(train.classes), int(train.labels.max()) + 1)
+    votes = knn_predict(train.features, train.labels, test.features, ks, num_classes=num_classes)
+    predictions = {f"knn_{k}": vote.argmax(dim=1).numpy() for k, vote in votes.items()}
+    if linear:
+        probabilities = linear_probe_predict(train.features, train.labels, test.features, num_classes)
+        predictions["linear"] = probabilities.argmax(dim=1).numpy()
+    return {name: classification_scores(test.labels, p, num_classes) for name, p in predictions.items()}
