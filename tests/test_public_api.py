@@ -1,6 +1,6 @@
 """The names that code written for DINOv2 imports, and how it calls them; public_api.txt lists them.
 
-Ours may take more parameters, if they have defaults; it may not lose, rename or reorder one, nor change a listed default.
+Ours may take more parameters, with defaults; it may not lose, rename or reorder one, nor change a listed default.
 """
 
 import ast
