@@ -1,0 +1,1 @@
+"""Weights in and out: named backbones and classifiers, key maps, exports."""
