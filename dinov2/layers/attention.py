@@ -43,8 +43,8 @@ def _flex(qkv: Tensor, layout: Layout) -> Tensor:
     """FlexAttention over the whole packing, with a block-diagonal mask."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Compiled FlexAttention has no backward pass on CPU; there, and inside a graph being compiled, call it as it is.
-    kernel = flex_attention if torch.compiler.is_compiling() or not qkv.is_cuda else _compiled_flex_attention()
+    # Uncompiled, FlexAttention stores the attention matrix; inside a graph that is being compiled it is compiled anyway.
+    kernel = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
     query, key, value = qkv.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
     output = kernel(query, key, value, block_mask=_same_image_mask(layout, qkv.device))
     return output.squeeze(0).transpose(0, 1)
@@ -111,6 +111,8 @@ def _kernel_for(backend: str, qkv: Tensor) -> Callable[..., Tensor]:
             f"attention_backend='varlen' runs in float16 or bfloat16 on a CUDA device, not in "
             f"{str(qkv.dtype).removeprefix('torch.')} on {qkv.device.type}; use 'auto' or 'sdpa'"
         )
+    if backend == "flex" and qkv.requires_grad and not qkv.is_cuda:
+        raise ValueError(f"attention_backend='flex' has no gradients on {qkv.device.type}; use 'auto' or 'sdpa'")
     if backend == "xformers" and not qkv.is_cuda:
         raise ValueError(f"attention_backend='xformers' runs on CUDA, not on {qkv.device.type}; use 'auto' or 'sdpa'")
     return _KERNELS["sdpa" if backend == "auto" else backend]
