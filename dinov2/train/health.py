@@ -44,7 +44,7 @@ def rank_me(features: np.ndarray | Tensor, eps: float = 1e-7) -> float:
 
 
 def feature_std(features: np.ndarray | Tensor) -> float:
-    """Spread of the directions of features (N, D): mean deviation of the coordinates of L2-normalised rows, times sqrt(D).
+    """Spread of the directions of features (N, D): sqrt(D) times the mean deviation of L2-normalised coordinates.
 
     1 for directions that are spread evenly over the sphere, 0 when every image has the same features.
 
