@@ -1,0 +1,275 @@
+"""Running averages of a training loop, and the line, the file and the curves they become.
+
+A step never waits for the device: numbers are kept as tensors and read when a line is due.
+"""
+
+import datetime
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from dinov2 import distributed
+from dinov2.logging.writers import JsonLinesWriter, MetricWriter, TensorBoardWriter
+
+logger = logging.getLogger("dinov2")
+
+T = TypeVar("T")
+
+_MOST_PENDING = 1000  # tensors kept unread: far above any log period, so that an unread meter cannot grow for ever
+
+
+class SmoothedValue:
+    """A series of numbers: the newest, the median and mean of a window, the mean of all.
+
+    Args:
+        window_size: numbers in the window.
+        fmt: how `str()` shows it, from the property names below.
+    """
+
+    def __init__(self, window_size: int = 20, fmt: str | None = None):
+        self.fmt = fmt or "{median:.4g} ({global_avg:.4g})"
+        self.window: deque[float] = deque(maxlen=window_size)
+        self.total = 0.0
+        self.count = 0
+        self._pending: list[tuple[float | Tensor, int]] = []
+
+    def update(self, value: float | Tensor, num: int = 1) -> None:
+        """Add a number (a float, or a tensor with one element on any device) that stands for `num` samples."""
+        if isinstance(value, Tensor):
+            value = value.detach().clone()  # the caller may write over it before it is read
+        self._pending.append((value, num))
+        if len(self._pending) >= _MOST_PENDING:
+            self._read()
+
+    def _read(self) -> None:
+        """Bring pending tensors to the CPU in one transfer and count them in."""
+        pending, self._pending = self._pending, []
+        tensors = [value.reshape(()).double() for value, _ in pending if isinstance(value, Tensor)]
+        arrived = iter(torch.stack(tensors).tolist() if tensors else ())
+        for value, num in pending:
+            number = next(arrived) if isinstance(value, Tensor) else float(value)
+            self.window.append(number)
+            self.count += num
+            self.total += number * num
+
+    def synchronize_between_processes(self) -> None:
+        """Let `global_avg` be that of all processes; the window stays this process's."""
+        self._read()
+        totals = torch.tensor([self.count, self.total], dtype=torch.float64)
+        count, self.total = distributed.sum_over_ranks(totals).tolist()
+        self.count = int(count)
+
+    @property
+    def median(self) -> float:
+        """Median of the window (the lower one of two middle numbers)."""
+        self._read()
+        return torch.tensor(list(self.window), dtype=torch.float64).median().item() if self.window else float("nan")
+
+    @property
+    def avg(self) -> float:
+        """Mean of the window."""
+        self._read()
+        return sum(self.window) / len(self.window) if self.window else float("nan")
+
+    @property
+    def global_avg(self) -> float:
+        """Mean over all samples so far."""
+        self._read()
+        return self.total / self.count if self.count else float("nan")
+
+    @property
+    def max(self) -> float:
+        """Largest number of the window."""
+        self._read()
+        return max(self.window, default=float("nan"))
+
+    @property
+    def value(self) -> float:
+        """The newest number."""
+        self._read()
+        return self.window[-1] if self.window else float("nan")
+
+    def __str__(self) -> str:
+        return self.fmt.format(
+            median=self.median, avg=self.avg, global_avg=self.global_avg, max=self.max, value=self.value
+        )
+
+
+class MetricLogger:
+    """The numbers of a loop, written every few iterations: a line, a JSON line, TensorBoard points.
+
+    Args:
+        delimiter: between the parts of a line.
+        output_file: JSON lines are appended here, by the main process.
+        tensorboard_dir: event files go here, from the main process.
+        images_per_iteration: over all processes; given, lines tell images per second and the share of time spent
+            waiting for data.
+        window_size: iterations that medians are taken over.
+        writers: further destinations, used by the main process.
+    """
+
+    def __init__(
+        self,
+        delimiter: str = "  ",
+        output_file: str | Path | None = None,
+        tensorboard_dir: str | Path | None = None,
+        images_per_iteration: int | None = None,
+        window_size: int = 20,
+        writers: Sequence[MetricWriter] = (),
+    ):
+        self.meters: dict[str, SmoothedValue] = {}
+        self.delimiter = delimiter
+        self.images_per_iteration = images_per_iteration
+        self.window_size = window_size
+        self.output_file = output_file
+        self._tensorboard_dir = tensorboard_dir
+        self._writers: list[MetricWriter] = list(writers) if distributed.is_main_process() else []
+        if output_file is not None and distributed.is_main_process():
+            self._writers.append(JsonLinesWriter(output_file))
+
+    def update(self, **scalars: float | Tensor) -> None:
+        """Add one number per name: floats, or tensors with one element, read only when a line is due."""
+        for name, value in scalars.items():
+            self.meters.setdefault(name, SmoothedValue(self.window_size)).update(value)
+
+    def add_meter(self, name: str, meter: SmoothedValue) -> None:
+        """Use a meter with another window or format for one name."""
+        self.meters[name] = meter
+
+    def __getattr__(self, name: str) -> SmoothedValue:
+        meters = self.__dict__.get("meters", {})
+        if name in meters:
+            return meters[name]
+        raise AttributeError(f"{type(self).__name__} has no attribute or metric {name!r}")
+
+    def __str__(self) -> str:
+        return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
+
+    def synchronize_between_processes(self) -> None:
+        """Let every `global_avg` be that of all processes. All must have the same metrics."""
+        for name in sorted(self.meters):
+            self.meters[name].synchronize_between_processes()
+
+    def write_scalars(self, iteration: int, scalars: Mapping[str, float]) -> None:
+        """Send numbers that come from outside the loop, such as scores, to every writer but the JSON file."""
+        self._open_tensorboard(iteration)
+        for writer in self._writers:
+            if not isinstance(writer, JsonLinesWriter):
+                writer.write(iteration, scalars)
+
+    def close(self) -> None:
+        """Close every writer."""
+        for writer in self._writers:
+            writer.close()
+
+    def log_every(
+        self,
+        iterable: Iterable[T],
+        print_freq: int,
+        header: str | None = None,
+        n_iterations: int | None = None,
+        start_iteration: int = 0,
+    ) -> Iterator[T]:
+        """Yield items for iterations `start_iteration` to `n_iterations` - 1, and report along the way.
+
+        A report is written after every iteration that `print_freq` divides and after the last one. Nothing is
+        yielded where no iteration is left.
+
+        Args:
+            iterable: its first item belongs to `start_iteration`.
+            print_freq: iterations between reports.
+            header: what the line starts with.
+            n_iterations: iterations of the whole run; by default as long as the iterable.
+            start_iteration: the number of the first iteration.
+
+        Raises:
+            ValueError: no `n_iterations`, and the iterable does not know its length.
+        """
+        if n_iterations is None:
+            if not hasattr(iterable, "__len__"):
+                raise ValueError("log_every needs n_iterations where the iterable has no length")
+            n_iterations = start_iteration + len(iterable)
+        self._open_tensorboard(start_iteration)
+        clock = _Clock(self.window_size)
+        items = iter(iterable)
+        for iteration in range(start_iteration, n_iterations):
+            clock.start()
+            try:
+                item = next(items)
+            except StopIteration:
+                logger.warning("the data ended after iteration %d of %d", iteration, n_iterations)
+                break
+            clock.data_arrived()
+            yield item
+            clock.stop()
+            if iteration % print_freq == 0 or iteration == n_iterations - 1:
+                self._report(header or "", iteration, n_iterations, clock)
+        clock.log_total(header or "")
+
+    def _open_tensorboard(self, start_iteration: int) -> None:
+        if self._tensorboard_dir is not None and distributed.is_main_process():
+            self._writers.append(TensorBoardWriter(self._tensorboard_dir, start_iteration))
+            self._tensorboard_dir = None
+
+    def _report(self, header: str, iteration: int, n_iterations: int, clock: "_Clock") -> None:
+        medians = {name: meter.median for name, meter in self.meters.items()}
+        times = {"iter_time": clock.iteration_time.avg, "data_time": clock.data_time.avg}
+        parts = [_progress(header, iteration, n_iterations), f"eta {clock.eta(n_iterations - 1 - iteration)}"]
+        parts += [f"{name} {value:.4g}" for name, value in medians.items()]
+        if self.images_per_iteration is not None:
+            times["images_per_s"] = self.images_per_iteration / max(times["iter_time"], 1e-9)
+            times["data_wait"] = times["data_time"] / max(times["iter_time"], 1e-9)
+            parts += [f"{times['images_per_s']:.1f} img/s", f"data {times['data_wait']:.0%}"]
+        else:
+            parts.append(f"{times['iter_time']:.3g} s/it")
+        if torch.cuda.is_available():
+            parts.append(f"mem {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        logger.info("%s", self.delimiter.join(parts))
+        for writer in self._writers:
+            writer.write(iteration, {**times, **medians})
+
+
+class _Clock:
+    """Seconds per iteration, and the seconds of each that were spent waiting for data."""
+
+    def __init__(self, window_size: int):
+        self.iteration_time = SmoothedValue(window_size)
+        self.data_time = SmoothedValue(window_size)
+        self._begun = time.perf_counter()
+        self._started = self._begun
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def data_arrived(self) -> None:
+        self.data_time.update(time.perf_counter() - self._started)
+
+    def stop(self) -> None:
+        self.iteration_time.update(time.perf_counter() - self._started)
+
+    def eta(self, iterations_left: int) -> str:
+        return _duration(self.iteration_time.global_avg * iterations_left)
+
+    def log_total(self, header: str) -> None:
+        total, count = time.perf_counter() - self._begun, self.iteration_time.count
+        logger.info(
+            "%s %d iterations in %s (%.3g s/it)",
+            header,
+            self.iteration_time.count,
+            _duration(total),
+            total / max(count, 1),
+        )
+
+
+def _progress(header: str, iteration: int, n_iterations: int) -> str:
+    return f"{header} [{iteration:{len(str(n_iterations))}d}/{n_iterations}]".strip()
+
+
+def _duration(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
