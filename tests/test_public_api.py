@@ -10,7 +10,9 @@ import operator
 from pathlib import Path
 
 import pytest
+import torch
 
+ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_name("public_api.txt").read_text(encoding="utf-8").splitlines()
 ROWS = [line for line in TABLE if line and not line.startswith("#")]
 
@@ -59,3 +61,8 @@ def test_a_model_is_told_by_keyword_that_it_is_training():
     from dinov2.models.vision_transformer import DinoVisionTransformer
 
     assert inspect.signature(DinoVisionTransformer.forward).parameters["is_training"].default is False
+
+
+def test_torch_hub_finds_the_backbones_in_a_clone():
+    names = {f"dinov2_vit{size}14{registers}" for size in "sblg" for registers in ("", "_reg")}
+    assert names <= set(torch.hub.list(str(ROOT), source="local"))
