@@ -10,7 +10,7 @@ READY := $(VENV)/ready
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-slurm lint format bench clean
+.PHONY: help install demo test test-all test-slurm notebooks lint format bench clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test-all: $(READY) ## Every test, the slow ones too; those that need a GPU or SL
 
 test-slurm: $(READY) ## The tests that submit real jobs to a SLURM on this machine
 	$(PYTEST) -m slurm $(TEST_ARGS)
+
+notebooks: $(READY) ## Run every notebook from top to bottom; the files stay as they are
+	@for notebook in notebooks/*.ipynb; do echo "== $$notebook"; $(BIN)/jupyter execute "$$notebook" || exit 1; done
 
 lint: $(READY) ## Check style, change nothing
 	$(BIN)/ruff check .
