@@ -44,8 +44,8 @@ def find_config(name: str | Path) -> Path:
             if candidate.is_file():
                 return candidate
     known = shipped_configs()
-    near = difflib.get_close_matches(str(name).removesuffix(".yaml"), known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"shipped ones: {', '.join(known)}"
+    near = difflib.get_close_matches(str(name).removesuffix(".yaml"), known, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"shipped ones: {', '.join(known)}"
     raise ConfigError([f"no such config file: {name}; {hint}"], "the arguments")
 
 

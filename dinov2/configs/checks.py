@@ -244,11 +244,13 @@ def _expanded(path: str) -> str:
 def _suggest(key: str) -> str:
     """Return `: did you mean …?` with the nearest valid keys, or nothing where none is near."""
     section, _, name = key.partition("=")[0].rpartition(".")
-    siblings = [known for known in TYPES if section and known.startswith(f"{section}.")]
-    near = difflib.get_close_matches(f"{section}.{name}", siblings, n=1, cutoff=0.75)
+    siblings = {known.lower(): known for known in TYPES if section and known.startswith(f"{section}.")}
+    near = [
+        siblings[match] for match in difflib.get_close_matches(f"{section}.{name}".lower(), siblings, n=1, cutoff=0.75)
+    ]
     elsewhere: dict[str, list[str]] = {}
     for known in TYPES:
-        if known not in siblings:
+        if known.lower() not in siblings:
             elsewhere.setdefault(known.rpartition(".")[2].lower(), []).append(known)
     for leaf in difflib.get_close_matches(name.lower(), elsewhere, n=1, cutoff=0.75):
         near += elsewhere[leaf][:2]
@@ -287,7 +289,7 @@ def _is_a(value: Any, kind: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if typing.get_origin(kind) in (list, tuple):
         items = list(value) if OmegaConf.is_list(value) or isinstance(value, (list, tuple)) else None
-        if items is None or (kind is Pair and len(items) != 2):
+        if items is None or (typing.get_origin(kind) is tuple and len(items) != 2):
             return False
         return all(_is_a(item, typing.get_args(kind)[0]) for item in items)
     return isinstance(value, kind)

@@ -104,6 +104,8 @@ class SmoothedValue:
 class MetricLogger:
     """The numbers of a loop, written every few iterations: a line, a JSON line, TensorBoard points.
 
+    Files and curves get every number, the line those that a person follows.
+
     Args:
         delimiter: between the parts of a line.
         output_file: JSON lines are appended here, by the main process.
@@ -156,7 +158,7 @@ class MetricLogger:
         for name in sorted(self.meters):
             self.meters[name].synchronize_between_processes()
 
-    def write_scalars(self, iteration: int, scalars: Mapping[str, float]) -> None:
+    def log_scalars(self, iteration: int, scalars: Mapping[str, float]) -> None:
         """Send numbers that come from outside the loop, such as scores, to every writer but the JSON file."""
         self._open_tensorboard(iteration)
         for writer in self._writers:
@@ -221,7 +223,7 @@ class MetricLogger:
         medians = {name: meter.median for name, meter in self.meters.items()}
         times = {"iter_time": clock.iteration_time.avg, "data_time": clock.data_time.avg}
         parts = [_progress(header, iteration, n_iterations), f"eta {clock.eta(n_iterations - 1 - iteration)}"]
-        parts += [f"{name} {value:.4g}" for name, value in medians.items()]
+        parts += [f"{name.removesuffix('_loss')} {medians[name]:.4g}" for name in _worth_a_look(medians)]
         if self.images_per_iteration is not None:
             times["images_per_s"] = self.images_per_iteration / max(times["iter_time"], 1e-9)
             times["data_wait"] = times["data_time"] / max(times["iter_time"], 1e-9)
@@ -265,6 +267,13 @@ class _Clock:
             _duration(total),
             total / max(count, 1),
         )
+
+
+def _worth_a_look(names: Iterable[str]) -> list[str]:
+    """Return what a person follows on the console, the losses and the learning rate; without a loss, everything."""
+    names = list(names)
+    chosen = [name for name in names if name.endswith("loss") or name == "lr"]
+    return chosen if any(name.endswith("loss") for name in names) else names
 
 
 def _progress(header: str, iteration: int, n_iterations: int) -> str:
