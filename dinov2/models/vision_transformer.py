@@ -339,34 +339,44 @@ def _chunks(blocks: list[nn.Module], block_chunks: int) -> list[BlockChunk]:
     ]
 
 
+# Width, blocks and heads by name; all heads are 64 wide.
+SIZES: dict[str, dict[str, int]] = {
+    "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "vit_large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "vit_giant2": {"embed_dim": 1536, "depth": 40, "num_heads": 24},
+}
+
+
 def vit_tiny(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
-    """ViT-Ti: 192 wide, 12 blocks, 3 heads (5.5 M parameters); for small machines, not in DINOv2."""
-    return _vit(patch_size, num_register_tokens, embed_dim=192, depth=12, num_heads=3, **kwargs)
+    """ViT-Ti (5.5 M parameters); for small machines, not in DINOv2."""
+    return _vit("vit_tiny", patch_size, num_register_tokens, **kwargs)
 
 
 def vit_small(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
-    """ViT-S: 384 wide, 12 blocks, 6 heads (22 M parameters)."""
-    return _vit(patch_size, num_register_tokens, embed_dim=384, depth=12, num_heads=6, **kwargs)
+    """ViT-S (22 M parameters)."""
+    return _vit("vit_small", patch_size, num_register_tokens, **kwargs)
 
 
 def vit_base(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
-    """ViT-B: 768 wide, 12 blocks, 12 heads (86 M parameters)."""
-    return _vit(patch_size, num_register_tokens, embed_dim=768, depth=12, num_heads=12, **kwargs)
+    """ViT-B (86 M parameters)."""
+    return _vit("vit_base", patch_size, num_register_tokens, **kwargs)
 
 
 def vit_large(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
-    """ViT-L: 1024 wide, 24 blocks, 16 heads (300 M parameters)."""
-    return _vit(patch_size, num_register_tokens, embed_dim=1024, depth=24, num_heads=16, **kwargs)
+    """ViT-L (300 M parameters)."""
+    return _vit("vit_large", patch_size, num_register_tokens, **kwargs)
 
 
 def vit_giant2(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
-    """DINOv2's ViT-g: 1536 wide, 40 blocks, 24 heads of 64 (1.1 G parameters)."""
-    return _vit(patch_size, num_register_tokens, embed_dim=1536, depth=40, num_heads=24, **kwargs)
+    """DINOv2's ViT-g (1.1 G parameters)."""
+    return _vit("vit_giant2", patch_size, num_register_tokens, **kwargs)
 
 
-def _vit(patch_size: int, num_register_tokens: int, **kwargs: Any) -> DinoVisionTransformer:
+def _vit(arch: str, patch_size: int, num_register_tokens: int, **kwargs: Any) -> DinoVisionTransformer:
     return DinoVisionTransformer(
-        patch_size=patch_size, num_register_tokens=num_register_tokens, **{"mlp_ratio": 4, **kwargs}
+        patch_size=patch_size, num_register_tokens=num_register_tokens, **{**SIZES[arch], **kwargs}
     )
 
 
