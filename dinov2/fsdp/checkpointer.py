@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -70,6 +71,8 @@ class FSDPCheckpointer:
         self.save_to_disk = save_to_disk
         self.keep_last, self.keep_every = keep_last, keep_every
         self.asynchronous = asynchronous
+        # A group of its own: the files are written, and agreed on, while training uses the default one.
+        self._group = dist.new_group(backend="gloo") if asynchronous and get_global_size() > 1 else None
         self._pending: Future | None = None
         self._finisher = ThreadPoolExecutor(max_workers=1)
         if save_to_disk and is_main_process():
@@ -86,7 +89,7 @@ class FSDPCheckpointer:
         partial = self.save_dir / f".{name}.partial"
         state = self._state()
         if self.asynchronous:
-            written = dcp.async_save(state, checkpoint_id=partial)
+            written = dcp.async_save(state, checkpoint_id=partial, process_group=self._group)
             self._pending = self._finisher.submit(self._finish_when, written, partial, name, extra)
             return
         failure = self._try(lambda: (dcp.save(state, checkpoint_id=partial), self._finish(partial, name, extra)))
@@ -125,10 +128,8 @@ class FSDPCheckpointer:
         dcp.load(state, checkpoint_id=path)
         self._restore(state)
         extra = json.loads((path / INDEX).read_text())["extra"]
-        if extra.get("world_size", get_global_size()) != get_global_size():
-            logger.info(
-                "checkpoint of %s processes, now %s: random states start anew", extra["world_size"], get_global_size()
-            )
+        if extra["world_size"] != get_global_size():
+            logger.info("the checkpoint is of %d processes: random states start anew", extra["world_size"])
         return extra
 
     def set_aside(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -69,17 +70,20 @@ def get_fsdp_wrapper(
         return lambda module: module
     strategy = model_cfg.sharding_strategy
     low_precision = precision.compute != torch.float32
-    options = {
-        "mesh": _device_mesh(strategy, device),
-        "reshard_after_forward": strategy in ("FULL_SHARD", "HYBRID_SHARD"),
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=precision.compute if low_precision else None,
-            reduce_dtype=precision.reduce if low_precision else None,
-        ),
-    }
+    mesh = _device_mesh(strategy, device)
+    policy = MixedPrecisionPolicy(
+        param_dtype=precision.compute if low_precision else None,
+        reduce_dtype=precision.reduce if low_precision else None,
+    )
+    # Outputs are views of the last hidden state; nothing here writes to them, which is what PyTorch warns of.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
     def wrap(module: nn.Module) -> nn.Module:
         units = tuple(modules_to_wrap)
+        # Without a backward pass nothing else would free, and so refresh, what the forward pass gathered.
+        trains = any(parameter.requires_grad for parameter in module.parameters())
+        reshard = strategy in ("FULL_SHARD", "HYBRID_SHARD") or not trains
+        options = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": reshard}
         for child in module.modules():
             if isinstance(child, units) and child is not module:
                 fully_shard(child, **options)

@@ -54,10 +54,11 @@ class KoLeoLoss(nn.Module):
 
 @torch.no_grad()
 def nearest_other_row(features: Tensor, others: Tensor, first_row: int = 0) -> Tensor:
-    """Index in `others` (m, dim) of the row nearest to each unit row of `features` (n, dim), itself left out.
+    """Index in `others` (m, dim) of the row nearest to each row of `features` (n, dim), itself left out.
 
     Row i of `features` stands in `others` at `first_row + i`.
     """
-    similarities = features @ others.T
-    similarities.diagonal(offset=first_row).fill_(-2)  # cosines are at least -1
-    return similarities.argmax(dim=1)
+    # Not by inner products: in float32 those of near-duplicates all round to 1, and any of them would do as nearest.
+    distances = torch.cdist(features, others, compute_mode="donot_use_mm_for_euclid_dist")
+    distances.diagonal(offset=first_row).fill_(torch.inf)
+    return distances.argmin(dim=1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.data import make_labelled_dataset
-from dinov2.eval.features import FeatureTable, extract, l2_normalise
+from dinov2.eval.features import FeatureTable, ImageFiles, extract, l2_normalise
 from dinov2.eval.probes import align_classes, score_features
 
 logger = logging.getLogger("dinov2")
@@ -61,13 +61,13 @@ class HealthMonitor:
         cfg: the run's configuration; reads `evaluation`, `crops.global_crops_size`, `student.patch_size` and the
             normalisation in `augmentations`.
         device: where the backbone lives.
-        held_out: images that are not trained on, with `read(row)`; None when there are none.
+        held_out: paths of images that are not trained on, such as `ImageDataset.preserved_images`; None for none.
 
     Raises:
         ValueError: only one of the two labelled folders is given, or their classes do not match.
     """
 
-    def __init__(self, cfg: Any, *, device: torch.device, held_out: Any | None = None):
+    def __init__(self, cfg: Any, *, device: torch.device, held_out: Any = None):
         evaluation = cfg.evaluation
         if bool(evaluation.fit_dataset_path) != bool(evaluation.eval_dataset_path):
             raise ValueError(
@@ -78,7 +78,11 @@ class HealthMonitor:
         self.linear_probe = bool(evaluation.linear_probe)
         self.fit = make_labelled_dataset(evaluation.fit_dataset_path) if evaluation.fit_dataset_path else None
         self.eval = make_labelled_dataset(evaluation.eval_dataset_path) if evaluation.eval_dataset_path else None
-        self.held_out = FirstOf(held_out, MAX_IMAGES) if held_out is not None and len(held_out) else self.eval
+        self.held_out = (
+            ImageFiles(held_out, cfg.student.in_chans, MAX_IMAGES)
+            if held_out is not None and len(held_out)
+            else self.eval
+        )
         self.extraction = {
             "batch_size": evaluation.batch_size,
             "device": device,
@@ -145,21 +149,6 @@ class HealthMonitor:
         return problems
 
     rank_me = staticmethod(rank_me)
-
-
-class FirstOf:
-    """An even selection of at most `limit` rows of a data set: enough for vital signs."""
-
-    def __init__(self, dataset: Any, limit: int):
-        self.dataset = dataset
-        self.rows = np.unique(np.linspace(0, len(dataset) - 1, min(limit, len(dataset))).round().astype(int))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, row: int) -> np.ndarray:
-        """The image of a row, uint8 (H, W, 3)."""
-        return self.dataset.read(int(self.rows[row]))
 
 
 def finite(features: np.ndarray) -> bool:

@@ -1,4 +1,4 @@
-"""What the host must know of each step (a loss that is not finite, a request to stop) without waiting for the device."""
+"""What the host must know of each step (a loss that is not finite, a request to stop), told without stalling a GPU."""
 
 from __future__ import annotations
 
@@ -116,7 +116,8 @@ class StepWatch:
         logger.warning("iteration %d: the loss is not finite and the step was skipped: %s", step.iteration, where)
         if self.bad_in_a_row > self.patience:
             raise NonFiniteLossError(
-                f"the loss was not finite {self.bad_in_a_row} times in a row, last at iteration {step.iteration}: {where}. "
+                f"the loss was not finite {self.bad_in_a_row} times in a row, last at iteration {step.iteration}: "
+                f"{where}. "
                 "The weights were not touched by these steps. Lower optim.base_lr, set dino.koleo_loss_weight=0 to see "
                 "whether near-duplicate images are the cause, or compute in bf16 or fp32 (compute_precision.dtype); "
                 "then run the same command again: it goes on from the last checkpoint"

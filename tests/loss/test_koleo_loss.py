@@ -44,3 +44,10 @@ def test_duplicates_give_a_finite_loss_and_do_not_drown_the_other_gradients(dtyp
 def test_a_batch_without_neighbours_is_refused(rows):
     with pytest.raises(ValueError, match=f"at least two rows .* got {rows}"):
         KoLeoLoss()(torch.ones(rows, 8))
+
+
+def test_the_nearest_of_near_duplicates_is_found_though_their_cosines_all_round_to_one():
+    angles = torch.tensor([0.0, 3e-4, 4e-4, 9e-4])
+    features = torch.stack([angles.cos(), angles.sin()], dim=1)
+    expected = -torch.tensor([3e-4, 1e-4, 1e-4, 5e-4]).log().mean()
+    torch.testing.assert_close(KoLeoLoss()(features), expected, rtol=1e-3, atol=1e-3)
