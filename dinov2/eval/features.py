@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dinov2 import distributed
-from dinov2.data.decode import UnreadableImage
+from dinov2.data.decode import UnreadableImage, decode_channels, decode_rgb, read_bytes
 
 logger = logging.getLogger("dinov2")
 
@@ -180,11 +180,14 @@ def token_features(model: nn.Module, images: Tensor, features: str = "cls") -> d
 
 
 def prepare_image(image: np.ndarray, image_size: int) -> Tensor:
-    """DINOv2's evaluation view of one image: uint8 (H, W, 3) to uint8 (3, image_size, image_size).
+    """DINOv2's evaluation view of one image: uint8 (H, W, C) to uint8 (C, image_size, image_size).
 
-    The shorter side is resized to 256/224 of `image_size` (bicubic, antialiased) and the middle is kept.
+    The shorter side is resized to 256/224 of `image_size` (bicubic, antialiased) and the middle is kept. Other types
+    than uint8 (microscopy with its own values) become float32.
     """
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]  # channels last: the fast kernel
+    image = image if image.dtype == np.uint8 else image.astype(np.float32)
+    image = np.require(image, requirements=["C", "W"])  # a mapped file is copied: torch takes what may be written to
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]  # channels last: the fast kernel
     height, width = image.shape[:2]
     shorter = round(image_size * RESIZE_RATIO)
     scale = shorter / min(height, width)
@@ -199,9 +202,10 @@ def prepare_image(image: np.ndarray, image_size: int) -> Tensor:
 def normalise_images(
     images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
 ) -> Tensor:
-    """Bytes (B, 3, H, W) to float32 with the mean and deviation that the model was trained with."""
+    """Images (B, C, H, W) to float32 with the model's own mean and deviation; bytes are scaled to 0..1 first."""
     mean_, std_ = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (mean, std))
-    return (images.float() / 255 - mean_) / std_
+    pixels = images.float() / 255 if images.dtype == torch.uint8 else images
+    return (pixels - mean_) / std_
 
 
 @contextlib.contextmanager
@@ -220,7 +224,10 @@ def inference(model: nn.Module | None, device: torch.device, dtype: torch.dtype 
 
 
 class ImageBatch(NamedTuple):
-    """Readable images of a run of rows: uint8 (B, 3, S, S), their rows and sizes; and those that are not readable."""
+    """Readable images of a run of rows, (B, C, S, S), with their rows and sizes, and what is not readable.
+
+    Without a readable row `images` holds one blank, for the forward passes that all processes make together.
+    """
 
     images: Tensor
     rows: list[int]
@@ -229,10 +236,11 @@ class ImageBatch(NamedTuple):
 
 
 def iterate_images(
-    dataset: Any, batches: Sequence[range], *, image_size: int, num_workers: int, mode: str = "eval"
+    dataset: Any, batches: Sequence[range], *, image_size: int, num_workers: int
 ) -> Iterator[ImageBatch]:
     """Decode and resize the rows of each batch, a few batches ahead, with threads (decoder and resize free the GIL)."""
     paths = dataset_paths(dataset)
+    blank = torch.zeros(getattr(dataset, "in_chans", 3), image_size, image_size, dtype=torch.uint8)
 
     def load(row: int) -> tuple[Tensor, tuple[int, int]] | Unreadable:
         try:
@@ -242,17 +250,11 @@ def iterate_images(
         return prepare_image(image, image_size), (image.shape[0], image.shape[1])
 
     def assemble(batch: range, loaded: Iterator) -> ImageBatch:
-        items = list(zip(batch, loaded))
-        good = [(row, item) for row, item in items if not isinstance(item, Unreadable)]
-        images = (
-            torch.stack([item[0] for _, item in good]) if good else torch.zeros(0, 3, image_size, image_size).byte()
-        )
-        return ImageBatch(
-            images,
-            [row for row, _ in good],
-            [item[1] for _, item in good],
-            [i for _, i in items if isinstance(i, Unreadable)],
-        )
+        items = list(loaded)
+        unreadable = [item for item in items if isinstance(item, Unreadable)]
+        readable = [(row, *item) for row, item in zip(batch, items) if not isinstance(item, Unreadable)]
+        images = torch.stack([image for _, image, _ in readable] or [blank])
+        return ImageBatch(images, [row for row, *_ in readable], [size for *_, size in readable], unreadable)
 
     if num_workers == 0:
         for batch in batches:
@@ -264,6 +266,43 @@ def iterate_images(
             if i + 2 < len(batches):
                 ahead.append(pool.map(load, batches[i + 2]))
             yield assemble(batch, ahead.pop(0))
+
+
+class ImageFiles:
+    """A list of image paths as a data set without labels.
+
+    Args:
+        paths: strings; a list that can `read(row)` the file itself (images in tar shards) is asked to.
+        in_chans: 3 reads RGB, any other number that many channels as stored.
+        limit: use at most so many of the paths, spread evenly over the list.
+    """
+
+    def __init__(self, paths: Sequence[str], in_chans: int = 3, limit: int | None = None):
+        self.files, self.in_chans = paths, in_chans
+        self.chosen = np.arange(len(paths)) if limit is None or limit >= len(paths) else _spread(len(paths), limit)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def paths(self) -> list[str]:
+        """The path of each row."""
+        return [self.files[int(i)] for i in self.chosen]
+
+    def read(self, row: int) -> np.ndarray:
+        """Image of a row, (H, W, C); raises UnreadableImage."""
+        number = int(self.chosen[row])
+        path = self.files[number]
+        data = self.files.read(number) if hasattr(self.files, "read") else read_bytes(path)
+        return (
+            decode_rgb(data, path=path)
+            if self.in_chans == 3
+            else decode_channels(data, path=path, channels=self.in_chans)
+        )
+
+
+def _spread(count: int, limit: int) -> np.ndarray:
+    return np.linspace(0, count - 1, limit).astype(np.int64)
 
 
 def dataset_paths(dataset: Any) -> Sequence[str]:
@@ -362,8 +401,7 @@ def extract_with(
     show = progress and distributed.is_main_process()
     with tqdm(total=len(rows), unit="img", desc="features", disable=not show) as bar:
         for batch in iterate_images(dataset, batches, image_size=image_size, num_workers=num_workers):
-            images = batch.images if len(batch.rows) else torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
-            parts = embed(images)
+            parts = embed(batch.images)
             layout = _layout(parts, parts.values())
             blocks.append(torch.cat([p.float() for p in parts.values()], dim=1)[: len(batch.rows)].cpu())
             kept += batch.rows
