@@ -72,13 +72,11 @@ def setup_and_build_model(args: argparse.Namespace) -> tuple[nn.Module, torch.dt
     Raises:
         ValueError: no weights are given.
     """
-    if not args.pretrained_weights:
-        raise ValueError("which model? give its weights with --pretrained-weights FILE")
     config = setup(args, for_training=False)
-    if args.config_file:
-        model = build_model_for_eval(config, args.pretrained_weights)
-    else:
-        model = load_model(args.pretrained_weights).backbone
+    weights = args.pretrained_weights or config.MODEL.WEIGHTS
+    if not weights:
+        raise ValueError("which model? give its weights with --pretrained-weights FILE or MODEL.WEIGHTS=FILE")
+    model = build_model_for_eval(config, weights) if args.config_file else load_model(weights).backbone
     return model, resolve_autocast_dtype(config, default_device())
 
 
