@@ -1,6 +1,6 @@
 """The `dinov2` command: finds the module of a sub-command, hands it the arguments, and says plainly what went wrong.
 
-A sub-command is one row of `COMMANDS`: its module has `get_args_parser()` and `main(argv)`, imported only when asked for.
+A sub-command is one row of `COMMANDS`: its module has `get_args_parser()` and `main(argv)`, imported when asked for.
 """
 
 import difflib

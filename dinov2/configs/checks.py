@@ -111,6 +111,7 @@ UNREAD = {
     "train.cell_augmentation": "see the section augmentations",
     "train.cell_augmentation_type": "see the section augmentations",
 }
+BUFFERS = "buffers (centres, sums) stay in fp32"  # whatever a buffer_dtype says
 
 
 class ConfigError(ValueError):
@@ -174,6 +175,8 @@ def merge_strictly(default: DictConfig, *layers: tuple[str, DictConfig]) -> tupl
                 problems.append(f"{key} ({source}) has no value yet: replace the ???")
             else:
                 known[key] = value
+                if key.endswith(".buffer_dtype") and value != "fp32":
+                    unread.append(f"{key} ({source}) has no effect: {BUFFERS}")
         clean = OmegaConf.create()
         for key, value in known.items():
             OmegaConf.update(clean, key, _empty_for_null(key, value))

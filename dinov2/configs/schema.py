@@ -16,7 +16,7 @@ Pair = tuple[float, float]  # lowest, highest
 class ModelSection:
     """Weights to evaluate (upstream spells this section in capitals)."""
 
-    WEIGHTS: str  # a file, or a hub name such as dinov2_vits14_reg
+    WEIGHTS: str  # of the model to evaluate, where --pretrained-weights is not given: a file or a hub name
 
 
 @dataclass
@@ -25,7 +25,7 @@ class MixedPrecision:
 
     param_dtype: str  # forward and backward pass: fp32, bf16 or fp16
     reduce_dtype: str  # gradients on their way between processes: fp32, bf16 or fp16
-    buffer_dtype: str  # buffers: fp32, bf16 or fp16
+    buffer_dtype: str  # no effect: buffers stay in fp32; kept because DINOv2's files have it
 
 
 @dataclass

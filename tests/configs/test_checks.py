@@ -146,6 +146,13 @@ def test_keys_of_relatives_that_nothing_reads_load_and_are_reported():
     assert [sentence.split(" ")[0] for sentence in unread] == ["daino.loss_weight", "student.channel_adaptive"]
 
 
+def test_a_buffer_format_loads_and_is_said_to_have_no_effect():
+    key = "compute_precision.student.backbone.mixed_precision.buffer_dtype"
+    for value, count in (("fp32", 0), ("fp16", 1)):
+        layer = ("command line", read_overrides([f"{key}={value}"]))
+        assert len(merge_strictly(dinov2_default_config, layer)[1]) == count
+
+
 def test_the_written_config_of_an_earlier_run_loads_unchanged():
     cfg = merged("optim.epochs=3", "train.dataset_path=/x")
     assert merged(text=OmegaConf.to_container(cfg)) == cfg
