@@ -89,10 +89,17 @@ class FSDPCheckpointer:
         partial = self.save_dir / f".{name}.partial"
         state = self._state()
         if self.asynchronous:
-            written = dcp.async_save(state, checkpoint_id=partial, process_group=self._group)
+            written = dcp.async_save(
+                state, checkpoint_id=partial, process_group=self._group, no_dist=get_global_size() == 1
+            )
             self._pending = self._finisher.submit(self._finish_when, written, partial, name, extra)
             return
-        failure = self._try(lambda: (dcp.save(state, checkpoint_id=partial), self._finish(partial, name, extra)))
+        failure = self._try(
+            lambda: (
+                dcp.save(state, checkpoint_id=partial, no_dist=get_global_size() == 1),
+                self._finish(partial, name, extra),
+            )
+        )
         if any_rank(failure is not None):
             self._give_up(partial, name, failure)
 
@@ -125,7 +132,7 @@ class FSDPCheckpointer:
         state = self._state(saved)
         if missing := sorted(key for key in _flat_keys(state) if key not in saved):
             raise CheckpointError(f"checkpoint {path} has no {missing[0]} ({len(missing)} missing): another model's?")
-        dcp.load(state, checkpoint_id=path)
+        dcp.load(state, checkpoint_id=path, no_dist=get_global_size() == 1)
         self._restore(state)
         extra = json.loads((path / INDEX).read_text())["extra"]
         if extra["world_size"] != get_global_size():
