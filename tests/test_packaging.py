@@ -49,7 +49,8 @@ def tracked_files():
 
 
 def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel):
-    ours = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    files = (path.relative_to(ROOT) for path in PACKAGE.rglob("*") if path.is_file())
+    ours = {str(path) for path in files if "__pycache__" not in path.parts}
     packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert packed == ours
 

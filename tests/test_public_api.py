@@ -33,8 +33,8 @@ def find(dotted: str):
 
 
 def promised(arguments: str) -> tuple[list[str], dict[str, object]]:
-    """Names in order, and the defaults given, of "a, b=1, *, c"."""
-    pairs = [argument.partition("=") for argument in arguments.split(", ") if argument not in ("", "*")]
+    """Names in order, and the defaults given, of "a, b=1, c"."""
+    pairs = [argument.partition("=") for argument in arguments.split(", ") if argument]
     return [name for name, _, _ in pairs], {name: ast.literal_eval(value) for name, sign, value in pairs if sign}
 
 
@@ -44,16 +44,16 @@ def test_a_public_name_is_there_and_takes_what_callers_of_dinov2_give_it(row):
     found = find(dotted)
     if not bracket:
         return
-    names, defaults = promised(arguments)
+    by_position, _, by_keyword = arguments.partition("*, ")
+    (first, defaults), (rest, more_defaults) = promised(by_position.rstrip(", ")), promised(by_keyword)
     ours = inspect.signature(found).parameters
     named = {name: p for name, p in ours.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
-    assert set(names) <= set(named) or any(p.kind is p.VAR_KEYWORD for p in ours.values())
-    if not arguments.startswith("*"):
-        by_position = [name for name, p in named.items() if p.kind is not p.KEYWORD_ONLY]
-        assert by_position[: len(names)] == names
+    assert {*first, *rest} <= set(named) or any(p.kind is p.VAR_KEYWORD for p in ours.values())
+    assert [name for name, p in named.items() if p.kind is not p.KEYWORD_ONLY][: len(first)] == first
+    defaults |= more_defaults
     assert {name: named[name].default for name in defaults if name in named} == defaults
-    added_without_default = {name for name, p in named.items() if p.default is p.empty} - set(names)
+    added_without_default = {name for name, p in named.items() if p.default is p.empty} - {*first, *rest}
     assert added_without_default == set()
 
 
@@ -63,6 +63,17 @@ def test_a_model_is_told_by_keyword_that_it_is_training():
     assert inspect.signature(DinoVisionTransformer.forward).parameters["is_training"].default is False
 
 
-def test_torch_hub_finds_the_backbones_in_a_clone():
-    names = {f"dinov2_vit{size}14{registers}" for size in "sblg" for registers in ("", "_reg")}
-    assert names <= set(torch.hub.list(str(ROOT), source="local"))
+def test_torch_hub_builds_a_backbone_from_a_clone():
+    model = torch.hub.load(str(ROOT), "dinov2_vits14_reg", source="local", pretrained=False)
+    assert (model.embed_dim, model.patch_size, model.num_register_tokens) == (384, 14, 4)
+
+
+def test_torch_hub_offers_every_backbone():
+    tree = ast.parse((ROOT / "hubconf.py").read_text(encoding="utf-8"))
+    offered = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert {f"dinov2_vit{size}14{registers}" for size in "sblg" for registers in ("", "_reg")} <= offered
