@@ -74,13 +74,22 @@ class FeatureTable:
         Raises:
             ValueError: the table was extracted without that part.
         """
-        parts = parse_features(features)
+        parts = features.split("+")
         if missing := [part for part in parts if part not in self.columns]:
             raise ValueError(f"features {missing} are not in this table; it holds {sorted(self.columns)}")
         blocks = [self.features[:, slice(*self.columns[part])] for part in parts]
         return replace(
             self, features=np.ascontiguousarray(np.concatenate(blocks, axis=1)), columns=_layout(parts, blocks)
         )
+
+    def relabelled(self, classes: Sequence[str]) -> FeatureTable:
+        """The same rows with labels counted in another list of classes, which must have all that occur."""
+        number = {name: i for i, name in enumerate(classes)}
+        used = np.unique(self.labels[self.labels >= 0])
+        if missing := [self.classes[i] for i in used if self.classes[i] not in number]:
+            raise ValueError(f"classes {missing} are not among {list(classes)}")
+        translate = np.array([*(number.get(name, -1) for name in self.classes), -1])  # the last is for label -1
+        return replace(self, labels=translate[self.labels].astype(np.int64), classes=list(classes))
 
     def take(self, rows: np.ndarray) -> FeatureTable:
         """The table of some rows, in the order given."""
@@ -133,6 +142,31 @@ class FeatureTable:
                     for row, (path, reason) in zip(data["unreadable_rows"], data["unreadable_why"])
                 ],
             )
+
+
+def concatenate(tables: Sequence[FeatureTable]) -> FeatureTable:
+    """The rows of all tables, with one numbering of the classes: those of the first table, then new ones by name.
+
+    Raises:
+        ValueError: the tables hold different kinds of features.
+    """
+    first = tables[0]
+    if any(table.columns != first.columns for table in tables):
+        raise ValueError(f"tables of different features: {[sorted(table.columns) for table in tables]}")
+    known = list(first.classes)
+    classes = known + sorted({name for table in tables for name in table.classes} - set(known))
+    join = lambda name: [item for table in tables for item in getattr(table, name)]  # noqa: E731
+    return FeatureTable(
+        features=np.concatenate([table.features for table in tables]),
+        labels=np.concatenate([table.relabelled(classes).labels for table in tables]),
+        paths=join("paths"),
+        classes=classes,
+        sources=join("sources") if all(len(table.sources) for table in tables) else [],
+        groups=join("groups") if all(len(table.groups) for table in tables) else [],
+        sizes=np.concatenate([table.sizes for table in tables]),
+        columns=first.columns,
+        unreadable=join("unreadable"),
+    )
 
 
 def l2_normalise(features: np.ndarray) -> np.ndarray:
@@ -416,14 +450,14 @@ def extract_with(
     _report_unreadable(unreadable, len(dataset))
 
     pick = lambda names: [str(names[i]) for i in kept] if names is not None and len(names) else []  # noqa: E731
-    labels = getattr(dataset, "labels", None)
+    labels, groups = getattr(dataset, "labels", None), getattr(dataset, "groups", None)
     return FeatureTable(
         features=features,
         labels=np.asarray(labels, np.int64)[kept] if labels is not None else np.full(len(kept), -1, np.int64),
         paths=pick(dataset_paths(dataset)),
         classes=[str(c) for c in getattr(dataset, "classes", None) or ()],
         sources=pick(getattr(dataset, "sources", None)),
-        groups=pick(getattr(dataset, "groups", None)),
+        groups=pick(groups) if groups is not None and any(groups) else [],
         sizes=np.asarray(sizes, np.int64).reshape(-1, 2),
         columns=layout,
         unreadable=unreadable,
