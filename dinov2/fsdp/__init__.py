@@ -5,6 +5,7 @@ from dinov2.fsdp.grad_scaler import ShardedGradScaler
 from dinov2.fsdp.wrap import (
     Precision,
     clip_gradients,
+    full_state_dict,
     get_fsdp_wrapper,
     is_fsdp,
     local_tensors,
@@ -18,6 +19,7 @@ __all__ = [
     "Precision",
     "ShardedGradScaler",
     "clip_gradients",
+    "full_state_dict",
     "get_fsdp_wrapper",
     "is_fsdp",
     "local_tensors",

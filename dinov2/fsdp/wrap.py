@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -120,6 +121,11 @@ def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
 def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The part of each tensor that this process holds (all of it unless sharded), sharing its memory."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """All of a module's tensors on the CPU, whole whatever the sharding; every rank enters, rank 0 gets them."""
+    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 @torch.no_grad()

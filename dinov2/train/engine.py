@@ -6,8 +6,7 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dinov2.layers import NestedTensorBlock
@@ -50,8 +49,3 @@ def _keep_expensive(context: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpo
         aten._scaled_dot_product_flash_attention_for_cpu.default,
     }
     return CheckpointPolicy.MUST_SAVE if op in expensive else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """All of a module's tensors on the CPU, whole whatever the sharding; every rank enters, rank 0 gets them."""
-    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

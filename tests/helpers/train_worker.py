@@ -11,8 +11,7 @@ import torch
 from tiny_training import make_batch, make_model, objective, tiny_config
 
 from dinov2 import distributed
-from dinov2.fsdp import FSDPCheckpointer
-from dinov2.train.engine import full_state_dict
+from dinov2.fsdp import FSDPCheckpointer, full_state_dict
 from dinov2.train.train import accumulate_gradients, apply_optim_scheduler, build_optimizer, clip_and_step
 
 GLOBAL_BATCH = 4
