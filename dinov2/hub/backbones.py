@@ -50,9 +50,12 @@ def load_backbone(
         ValueError: damaged or unsafe file, or no backbone in it.
     """
     file = read_state_dict(source)
-    tensors = backbone_state_dict(file.state_dict, checkpoint_key)
-    description = file.config["model"] if file.config else infer_architecture(tensors)
-    model = build_empty_backbone(description, **options)
+    try:
+        tensors = backbone_state_dict(file.state_dict, checkpoint_key)
+        description = file.config["model"] if file.config else infer_architecture(tensors)
+        model = build_empty_backbone(description, **options)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:  # a damaged description may raise any of these
+        raise ValueError(f"{source}: {error}") from error
     load_weights(model, tensors, label=str(source))
     return model.to(device).eval().requires_grad_(False)
 

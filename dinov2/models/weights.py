@@ -123,7 +123,7 @@ def load_weights(
         label: what to call the source in messages, when it is a state dict.
 
     Raises:
-        ValueError: the file is unreadable, of another architecture (the options that differ are named), or does not fit.
+        ValueError: unreadable, of another architecture (the options that differ are named), or too little fits.
     """
     label = label or ("state dict" if isinstance(source, Mapping) else str(source))
     state_dict = source if isinstance(source, Mapping) else read_state_dict(source).state_dict
@@ -132,7 +132,8 @@ def load_weights(
     prefix = _best_prefix(found, actual_names)
     if prefix is None:
         raise ValueError(
-            f"{label}: nothing fits. The file has {_shorten(list(found))}; the model wants {_shorten(list(actual_names))}"
+            f"{label}: nothing fits. The file has {_shorten(list(found))}; "
+            f"the model wants {_shorten(list(actual_names))}"
         )
     found = {name[len(prefix) :]: tensor for name, tensor in found.items() if name.startswith(prefix)}
     targets = {name: module.state_dict()[actual] for name, actual in actual_names.items()}
