@@ -32,9 +32,7 @@ class MixedPrecision:
 class SubModulePrecision:
     """Sharding and number formats of one sub-module."""
 
-    sharding_strategy: (
-        str  # NO_SHARD (a full copy each), SHARD_GRAD_OP, FULL_SHARD or HYBRID_SHARD; one process: ignored
-    )
+    sharding_strategy: str  # NO_SHARD (a full copy each), SHARD_GRAD_OP, FULL_SHARD, HYBRID_SHARD; one process: none
     mixed_precision: MixedPrecision
 
 
@@ -103,9 +101,7 @@ class TrainSection:
     cache_dir: str  # where indexes and decoded images are kept; empty: $DINOV2_CACHE or ~/.cache/dinov2
     max_unreadable_share: float  # the run stops when more than this share of the images it tried is unreadable, 0..1
     centering: str  # of the teacher's outputs: centering or sinkhorn_knopp
-    augment_on: (
-        str  # cpu: whole augmentation in the workers; device: colour, blur, normalisation on the training device
-    )
+    augment_on: str  # cpu: all augmentation in the workers; device: colour, blur, normalisation on the training device
     device: str  # auto, cpu, cuda or cuda:N
     compile: bool  # torch.compile the blocks of the backbone
     gradient_accumulation_steps: int  # forward passes per optimizer step; the effective batch grows by it
