@@ -1,0 +1,184 @@
+"""The launcher on a real SLURM, with real (tiny) trainings on CPU: two tasks that meet over gloo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+
+from dinov2.run.train.train import main
+
+pytestmark = pytest.mark.slurm
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+ITERATIONS = 24
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, cell_folder):
+    """A configuration file of a training of seconds."""
+    head = {"head_n_prototypes": 64, "head_hidden_dim": 32, "head_bottleneck_dim": 16}
+    sections = {
+        "train": {
+            "dataset_path": [str(cell_folder)],
+            "batch_size_per_gpu": 4,
+            "OFFICIAL_EPOCH_LENGTH": ITERATIONS,
+            "num_workers": 1,
+            "log_period": 1,
+            "device": "cpu",
+        },
+        "student": {"arch": "vit_tiny", "patch_size": 14, "drop_path_rate": 0.0},
+        "dino": head,
+        "ibot": head,
+        "optim": {"epochs": 1, "warmup_epochs": 0, "freeze_last_layer_epochs": 0},
+        "teacher": {"warmup_teacher_temp_epochs": 1},
+        "crops": {"global_crops_size": 28, "local_crops_size": 14, "local_crops_number": 2},
+        "evaluation": {"eval_period_iterations": 0},
+    }
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, config, tmp_path_factory):
+    """What the README's command leaves behind: its output folder, and what it printed."""
+    output = tmp_path_factory.mktemp("readme") / "run"
+    command = [sys.executable, "dinov2/run/train/train.py", "--config-file", str(config)]
+    command += ["--output-dir", str(output), "--partition", "hard", "--ngpus", "2", "--wait"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+    environment |= {"SLURM_CONF": cluster, "A_VARIABLE_OF_THE_USER": "seen"}
+    done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output, done.stdout
+
+
+def losses(output: Path) -> dict[int, float]:
+    """Return the logged loss of each iteration; of one that was done twice, that of the last start."""
+    lines = (output / "training_metrics.json").read_text().splitlines()
+    return {record["iteration"]: record["total_loss"] for record in map(json.loads, lines)}
+
+
+def submit(capsys, config: Path, output: Path, *options: str) -> str:
+    """Submit a training on two GPUs; return the job id."""
+    assert main(["--config-file", str(config), "--output-dir", str(output), "--ngpus", "2", *options]) == 0
+    return capsys.readouterr().out.split()[2]
+
+
+def has_begun(output: Path):
+    return lambda: (output / "training_metrics.json").exists() and len(losses(output)) >= 3
+
+
+def test_the_command_of_the_readme_trains_to_the_end_and_leaves_checkpoints(undisturbed):
+    output, printed = undisturbed
+    job = next((output / "slurm").iterdir())
+    assert max(losses(output)) == ITERATIONS - 1
+    assert list((output / "checkpoints").iterdir())
+    assert f"--- job {job.name} is COMPLETED" in printed
+    assert "Training" in printed  # the log was followed
+
+
+def test_a_submission_leaves_script_config_record_and_a_log_per_task(undisturbed, config):
+    output, _ = undisturbed
+    job = next((output / "slurm").iterdir())
+    assert {path.name for path in job.iterdir()} == {
+        "submit.sh", "config.yaml", "submission.json", "batch.log", "task_0.log", "task_1.log",
+    }  # fmt: skip
+    assert OmegaConf.load(job / "config.yaml").crops.global_crops_size == 28
+    record = json.loads((job / "submission.json").read_text())
+    assert record["job_id"] == job.name
+    assert record["command"][-4:] == ["hard", "--ngpus", "2", "--wait"]
+
+
+def test_two_tasks_are_two_ranks_of_one_group(undisturbed):
+    output, _ = undisturbed
+    job = next((output / "slurm").iterdir())
+    assert "process 0 of 2 (slurm, gloo, local rank 0 of 2)" in (job / "task_0.log").read_text()
+
+
+def test_two_nodes_train_together(slurm, config, tmp_path, capsys, undisturbed):
+    options = ["--partition", "hard", "--nodes", "2", "--ngpus", "1", "--wait"]
+    assert main(["--config-file", str(config), "--output-dir", str(tmp_path / "%j"), *options]) == 0
+    output = next(tmp_path.iterdir())
+    assert output.name == next((output / "slurm").iterdir()).name  # %j
+    assert "process 0 of 2 (slurm, gloo, local rank 0 of 1)" in next(output.glob("slurm/*/task_0.log")).read_text()
+    assert losses(output) == pytest.approx(losses(undisturbed[0]), rel=1e-4)
+
+
+def test_a_requeued_job_resumes_and_ends_with_the_losses_of_an_undisturbed_one(
+    slurm, config, tmp_path, capsys, undisturbed
+):
+    output = tmp_path / "run"
+    job = submit(capsys, config, output, "--partition", "hard", "--no-resume")
+    slurm.wait("the first steps", has_begun(output))
+    slurm.requeue(job)
+    slurm.wait_for_state(job, "COMPLETED")
+    assert slurm.field(job, "Restarts") == "1"
+    assert losses(output) == pytest.approx(losses(undisturbed[0]), rel=1e-4)
+
+
+def test_at_its_time_limit_a_job_saves_and_goes_on(slurm, config, tmp_path, capsys, undisturbed):
+    output = tmp_path / "run"
+    job = submit(capsys, config, output, "--partition", "hard", "--timeout", "30", "--signal-delay", "300")
+    slurm.wait("the first steps", has_begun(output))
+    subprocess.run(["scontrol", "update", f"JobId={job}", "TimeLimit=2"], check=True)  # the signal is due at once
+    slurm.wait("the job to be in the queue again", lambda: slurm.field(job, "Restarts") == "1")
+    subprocess.run(["scontrol", "update", f"JobId={job}", "TimeLimit=30"], check=True)
+    slurm.wait_for_state(job, "COMPLETED")
+    assert "back to the queue" in (output / "slurm" / job / "batch.log").read_text()
+    assert losses(output) == pytest.approx(losses(undisturbed[0]), rel=1e-4)
+
+
+def test_a_preempted_job_makes_room_and_goes_on(slurm, config, tmp_path, capsys, undisturbed):
+    output = tmp_path / "run"
+    job = submit(capsys, config, output, "--partition", "preempt")
+    slurm.wait("the first steps", has_begun(output))
+    urgent = [
+        "sbatch",
+        "--partition=hard",
+        "--nodes=2",
+        "--gpus-per-node=2",
+        "--output=/dev/null",
+        "--wait",
+        "--wrap=true",
+    ]
+    subprocess.run(urgent, check=True, stdout=subprocess.DEVNULL)
+    slurm.wait_for_state(job, "COMPLETED")
+    assert slurm.field(job, "Restarts") == "1"
+    assert losses(output) == pytest.approx(losses(undisturbed[0]), rel=1e-4)
+
+
+def test_a_crash_is_a_failure_and_is_not_tried_again(slurm, config, tmp_path, capsys):
+    weights = tmp_path / "weights.pth"
+    torch.save({"nothing": torch.zeros(1)}, weights)
+    options = ["--partition", "hard", "--wait", f"student.pretrained_weights={weights}"]
+    assert main(["--config-file", str(config), "--output-dir", str(tmp_path / "run"), "--ngpus", "2", *options]) == 1
+    job = next((tmp_path / "run" / "slurm").iterdir()).name
+    assert slurm.field(job, "JobState") == "FAILED"
+    assert slurm.field(job, "Restarts") == "0"
+
+
+def test_a_cancelled_job_stays_cancelled(slurm, config, tmp_path, capsys):
+    output = tmp_path / "run"
+    job = submit(capsys, config, output, "--partition", "hard")
+    slurm.wait("the first steps", has_begun(output))
+    subprocess.run(["scancel", job], check=True)
+    slurm.wait_for_state(job, "CANCELLED")
+    slurm.wait("its script to end", lambda: "exit code 75" in (output / "slurm" / job / "batch.log").read_text())
+    assert slurm.field(job, "Restarts") == "0"
+
+
+def test_a_sweep_is_a_job_array_with_a_folder_per_value(slurm, config, tmp_path, capsys):
+    options = ["--ngpus", "1", "--partition", "hard", "--sweep", "optim.base_lr=1e-4,2e-4", "--wait", "optim.epochs=1"]
+    options += ["train.OFFICIAL_EPOCH_LENGTH=2"]
+    assert main(["--config-file", str(config), "--output-dir", str(tmp_path / "sweep"), *options]) == 0
+    for name, lr in (("0_optim.base_lr=1e-4", 1e-4), ("1_optim.base_lr=2e-4", 2e-4)):
+        output = tmp_path / "sweep" / name
+        assert max(losses(output)) == 1
+        assert OmegaConf.load(output / "config.yaml").optim.base_lr == lr
+    assert "1_optim.base_lr=2e-4: " in capsys.readouterr().out
