@@ -2,8 +2,8 @@
 
 A picture is made as a microscope makes it. Cells are maps of stain concentration (nuclear purple, eosin, azure blue,
 haemoglobin) drawn in micrometres on a supersampled canvas; light passing through them is dimmed by the Beer-Lambert law
-with the absorption of each stain, which differs a little between images and a lot between sources; lamp, focus, sensor noise
-and JPEG follow. Shape, not colour, tells the classes apart: nucleus, granules, size and the ratio of nucleus to cytoplasm.
+with the absorption of each stain, which differs a little between images and a lot between sources; lamp, focus, sensor
+noise and JPEG follow. Shape, not colour, tells the classes apart: nucleus, granules, size, nucleus against cytoplasm.
 
 No patient image went into it. The pictures are for testing software, not for studying blood.
 """
@@ -36,7 +36,7 @@ _ABSORPTION = np.array(
     [
         [1.22, 1.86, 0.52],  # nuclear: deep purple
         [0.16, 0.66, 0.62],  # eosin: salmon
-        [0.62, 0.50, 0.12],  # azure: grey-blue
+        [0.56, 0.48, 0.15],  # azure: grey-blue
         [0.28, 0.40, 0.24],  # haemoglobin: dusty pink
     ],
     dtype=np.float32,
@@ -276,8 +276,8 @@ _CELL_TYPES: dict[str, CellType] = {
     "band_neutrophil": CellType(
         diameter=(11.0, 14.5),
         nuclei=(
-            partial(_curved_nucleus, length=(1.5, 2.6), width=(0.2, 0.29), turn=(2.2, 4.6), sway=0.25),
-            partial(_curved_nucleus, length=(1.5, 2.2), width=(0.2, 0.29), turn=(-0.6, 0.8), sway=1.3),
+            partial(_curved_nucleus, length=(1.5, 2.6), width=(0.17, 0.25), turn=(2.2, 4.6), sway=0.25),
+            partial(_curved_nucleus, length=(1.5, 2.2), width=(0.17, 0.25), turn=(-0.6, 0.8), sway=1.3),
         ),
         density=(0.8, 1.1),
         chromatin=(0.8, 0.16),
@@ -290,7 +290,7 @@ _CELL_TYPES: dict[str, CellType] = {
         density=(0.75, 1.05),
         chromatin=(0.9, 0.14),
         cytoplasm={EOSIN: (0.2, 0.4), AZURE: (0.0, 0.15)},
-        granules=(Granules((0.65, 0.95), (0.9, 1.5), {EOSIN: 0.62, HAEM: 0.25}, over_nucleus=0.12, paleness=0.45),),
+        granules=(Granules((0.65, 0.95), (0.9, 1.5), {EOSIN: 0.5, HAEM: 0.3}, over_nucleus=0.12, paleness=0.45),),
     ),
     "basophil": CellType(
         diameter=(10.0, 13.5),
@@ -310,7 +310,7 @@ _CELL_TYPES: dict[str, CellType] = {
         density=(0.9, 1.2),
         chromatin=(1.4, 0.2),
         cytoplasm={AZURE: (0.3, 0.85), EOSIN: (0.0, 0.12)},
-        rim=0.3,
+        rim=0.2,
         wobble=0.07,
     ),
     "monocyte": CellType(
@@ -342,7 +342,7 @@ _CELL_TYPES: dict[str, CellType] = {
         density=(0.0, 0.0),
         chromatin=(1.0, 0.0),
         cytoplasm={AZURE: (0.2, 0.5), EOSIN: (0.1, 0.25), NUCLEAR: (0.08, 0.25)},
-        granules=(Granules((0.3, 0.55), (0.35, 0.9), {NUCLEAR: 0.5, EOSIN: 0.15}, paleness=0.6),),
+        granules=(Granules((0.3, 0.55), (0.35, 0.9), {NUCLEAR: 0.3, EOSIN: 0.15}, paleness=0.7),),
         wobble=0.12,
     ),
     "metamyelocyte": CellType(
@@ -380,7 +380,7 @@ _CELL_TYPES: dict[str, CellType] = {
         chromatin=(0.45, 0.12),
         cytoplasm={AZURE: (0.5, 1.0), EOSIN: (0.0, 0.1)},
         nucleoli=(1, 4),
-        rim=0.25,
+        rim=0.18,
         wobble=0.07,
     ),
 }
@@ -470,7 +470,7 @@ def _draw_red_cell(rng: np.random.Generator, radius: float, pallor: float) -> np
     x = (axis[None, :] * math.cos(angle) + axis[:, None] * math.sin(angle)) * (stretch / radius)
     y = (axis[:, None] * math.cos(angle) - axis[None, :] * math.sin(angle)) / (stretch * radius)
     square = x * x + y * y + 1e-6
-    bend = rng.normal(0, 0.035, 4)
+    bend = rng.normal(0, [0.035, 0.035, 0.015, 0.015])
     # cos 2a, sin 2a and cos 3a, sin 3a without an arctangent
     dents = (bend[0] * (x * x - y * y) + 2 * bend[1] * x * y) / square
     dents += (bend[2] * x * (x * x - 3 * y * y) + bend[3] * y * (3 * x * x - y * y)) / (square * np.sqrt(square))
@@ -478,7 +478,7 @@ def _draw_red_cell(rng: np.random.Generator, radius: float, pallor: float) -> np
     edge = np.clip((1 - distance) * radius / 2.5 + 0.5, 0, 1)
     width = rng.uniform(0.35, 0.55)
     hollow = 1 / (1 + np.exp(np.clip((distance - width) * rng.uniform(8, 16), -30, 30)))
-    return edge * (0.85 + 0.2 * distance) * (1 - pallor * hollow)
+    return edge * (0.75 + 0.3 * distance) * (1 - pallor * hollow)
 
 
 def _paste(stains: np.ndarray, patch: np.ndarray, centre: tuple[float, float], cover: np.ndarray | None = None) -> None:
@@ -502,7 +502,7 @@ def _draw_red_cells(
     canvas = stains.shape[-1]
     mean_radius = rng.uniform(3.3, 4.0) * scale
     spacing = rng.uniform(1.55, 2.5) * mean_radius  # below 2 radii neighbours overlap
-    pallor, crowd = rng.uniform(0.15, 0.75), int(rng.integers(25, 110))
+    pallor, crowd = rng.uniform(0.2, 0.85), int(rng.integers(40, 160))
     tone = rng.uniform(0.8, 1.15)
     placed: list[tuple[float, float]] = []
     for x, y in rng.uniform(-mean_radius, canvas + mean_radius, (crowd, 2)).tolist():
@@ -524,7 +524,7 @@ def _draw_smear(rng: np.random.Generator, cell_class: str, canvas: int, scale: f
     stains = np.zeros((4, canvas, canvas), np.float32)
     _draw_red_cells(rng, stains, scale, middle, math.sqrt(float(body.sum()) / math.pi))
     stains[HAEM] = _blur(stains[HAEM], rng.uniform(0.08, 0.25) * scale)
-    for _ in range(rng.poisson(0.5)):  # platelets lie about in every smear
+    for _ in range(rng.poisson(0.4)):  # platelets lie about in every smear
         other, cover = _draw_body(rng, _CELL_TYPES["platelet"], scale)
         angle, far = rng.uniform(0, 2 * np.pi), rng.uniform(0.3, 0.6) * canvas
         spot = (middle[0] + far * math.cos(angle), middle[1] + far * math.sin(angle))
@@ -572,7 +572,7 @@ def draw_cell(rng: np.random.Generator, cell_class: str, source: int = 0, size: 
     if size < 32:
         raise ValueError(f"size must be at least 32 pixels, got {size}")
     look = look_of(source)
-    canvas = size * (2 if size >= 112 else 3)
+    canvas = max(size, min(3 * size, 256))  # supersampled two- or threefold where pixels are coarse
     field = look.field * rng.uniform(0.94, 1.06)
     return _expose(rng, _draw_smear(rng, cell_class, canvas, canvas / field), look, size)
 
@@ -591,7 +591,7 @@ class _Job:
     seed: int
 
     def run(self) -> None:
-        # The seed of a picture depends on what it is, not on which worker draws it or which other classes are asked for.
+        # Depends on what the picture is, not on which worker draws it or which other classes are asked for.
         rng = np.random.default_rng([self.seed, self.source, zlib.crc32(self.cell_class.encode()), self.index])
         image = draw_cell(rng, self.cell_class, self.source, self.size)
         low, high = look_of(self.source).quality
@@ -726,7 +726,3 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     print(f"{len(paths)} pictures in {len({path.parent for path in paths})} folders under {args.out}")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
