@@ -64,7 +64,7 @@ def cell_folder(tmp_path_factory):
     from dinov2.data import synthetic
 
     folder = tmp_path_factory.mktemp("cells")
-    synthetic.generate(folder, classes=list(synthetic.CLASSES)[:4], per_class=8, seed=0, size=64, num_workers=0)
+    synthetic.generate(folder, classes=list(synthetic.CLASSES)[:4], per_class=8, size=64, progress=False)
     return folder
 
 
