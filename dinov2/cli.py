@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(_unknown(name))
     try:
         return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
-    except (ValueError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         if debug:
             traceback.print_exc()
             return USER_ERROR

@@ -18,6 +18,7 @@ TYPES = dict(walk())
 SECTIONS = frozenset(section_names())
 
 DEPTHS = {"vit_tiny": 12, "vit_small": 12, "vit_base": 12, "vit_large": 24, "vit_giant2": 40}  # blocks
+RELEASED = tuple(f"dinov2_vit{size}14{registers}" for size in "sblg" for registers in ("", "_reg"))
 CHOICES = {
     "student.arch": tuple(DEPTHS),
     "student.ffn_layer": ("mlp", "swiglu", "swiglufused", "identity"),
@@ -439,10 +440,13 @@ def _device_problems(cfg: DictConfig) -> Iterator[str]:
 
 def _weights_problems(cfg: DictConfig) -> Iterator[str]:
     for key in ("student.pretrained_weights", "MODEL.WEIGHTS"):
-        name = OmegaConf.select(cfg, key)
-        looks_like_a_name = re.fullmatch(r"\w*", name) is not None
-        if not looks_like_a_name and "://" not in name and not Path(name).is_file():
-            yield f"{key}={name}: no such file; give a weights file or a hub name such as dinov2_vits14_reg"
+        source = OmegaConf.select(cfg, key)
+        named = source in ("", *RELEASED) or source.startswith("hf:")
+        if not named and not Path(source).exists():
+            near = difflib.get_close_matches(source, RELEASED, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            names = ", ".join(RELEASED)
+            yield f"{key}={source}: no such file; give a weights file, hf:owner/model or one of {names}{hint}"
 
 
 def _is_dataset_string(dataset_path: Any) -> bool:

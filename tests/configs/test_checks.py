@@ -202,6 +202,7 @@ def test_the_written_config_of_an_earlier_run_loads_unchanged():
         (["train.num_workers=-1"], ["train.num_workers=-1", "auto"]),
         (["train.num_workers=many"], ["train.num_workers=many", "auto"]),
         (["student.pretrained_weights=/no/such.pth"], ["student.pretrained_weights=/no/such.pth", "no such file"]),
+        (["MODEL.WEIGHTS=dinov2_vits14_reg4"], ["MODEL.WEIGHTS=dinov2_vits14_reg4", "did you mean dinov2_vits14_reg?"]),
         (["train.augment_on=gpu"], ["train.augment_on=gpu", "device"]),
         (["train.activation_checkpointing=some"], ["train.activation_checkpointing=some", "selective"]),
         (
@@ -224,6 +225,7 @@ def test_what_cannot_run_is_said_with_key_value_and_fix(overrides, parts):
         ["train.batch_size_per_gpu=1", "dino.koleo_distributed=true"],
         ["ibot.loss_weight=0", "ibot.mask_sample_probability=0"],
         ["student.pretrained_weights=dinov2_vits14_reg"],
+        ["MODEL.WEIGHTS=hf:facebook/dinov2-small"],
         ["train.device=cuda:1"],
         ["train.num_workers=auto"],
         ["teacher.warmup_teacher_temp_epochs=200"],

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from dinov2.configs import (
@@ -11,8 +12,9 @@ from dinov2.configs import (
     load_config,
     shipped_configs,
 )
-from dinov2.configs.checks import CHOICES, DEPTHS, PAIRS, RANGES, UNREAD
+from dinov2.configs.checks import CHOICES, DEPTHS, PAIRS, RANGES, RELEASED, UNREAD
 from dinov2.configs.schema import walk
+from dinov2.models import released, vision_transformer
 
 PRESETS = [name for name in shipped_configs() if name != "ssl_default_config"]
 
@@ -108,8 +110,10 @@ def test_merging_leaves_the_defaults_as_they_are():
 
 
 def test_the_depths_in_the_checks_are_those_of_the_models():
-    models = pytest.importorskip("dinov2.models.vision_transformer")
-    import torch
-
     with torch.device("meta"):
-        assert {name: getattr(models, name)(patch_size=14).n_blocks for name in DEPTHS} == DEPTHS
+        assert {name: getattr(vision_transformer, name)(patch_size=14).n_blocks for name in DEPTHS} == DEPTHS
+
+
+def test_the_released_names_in_the_checks_are_those_of_the_models():
+
+    assert set(released.RELEASED) == set(RELEASED)
