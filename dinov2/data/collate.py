@@ -40,8 +40,9 @@ def draw_masks(
 ) -> Masks:
     """Mask a share of the global crops of a batch.
 
-    `int(n_crops * mask_probability)` crops are masked. Their ratios are spread over `mask_ratio_tuple`: the range is cut
-    into as many equal parts as there are masked crops, and each part gives one ratio. Which crop gets which is shuffled.
+    `int(n_crops * mask_probability)` crops are masked. Their ratios are spread over `mask_ratio_tuple`: the range is
+    cut into as many equal parts as there are masked crops, and each part gives one ratio. Which crop gets which is
+    shuffled.
 
     Args:
         n_crops: global crops in the batch.
