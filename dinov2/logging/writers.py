@@ -36,13 +36,14 @@ class TensorBoardWriter:
 
     Args:
         folder: of the event files.
-        first_iteration: drop what an earlier, interrupted run wrote from this iteration on.
+        first_iteration: of this run; what an interrupted one wrote after it is dropped. Scores of the checkpoint that
+            this run resumes from carry its number, and stay.
     """
 
     def __init__(self, folder: str | Path, first_iteration: int = 0):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only the main process needs it
 
-        self._events: Any = SummaryWriter(str(folder), purge_step=first_iteration or None)
+        self._events: Any = SummaryWriter(str(folder), purge_step=first_iteration + 1 if first_iteration else None)
 
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
         """Add one point to every curve."""

@@ -143,6 +143,22 @@ def test_tensorboard_gets_every_number_and_scores_from_outside(tmp_path):
     assert "eval/knn_1_accuracy" not in rows(tmp_path / "m.json")[-1]
 
 
+def test_a_resumed_run_replaces_the_points_that_an_interrupted_one_wrote_ahead(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for start, loss in ((0, 1.0), (10, 2.0)):
+        metrics = MetricLogger(tensorboard_dir=tmp_path)
+        if start == 0:
+            metrics.log_scalars(10, {"eval/accuracy": 0.5})
+        for _ in metrics.log_every(range(20), 5, "", 20, start):
+            metrics.update(loss=loss)
+        metrics.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    last = {event.step: event.value for event in events.Scalars("loss")}
+    assert last[15] == 2.0
+    assert len([event for event in events.Scalars("loss") if event.step == 15]) == 1
+    assert events.Scalars("eval/accuracy")[0].value == 0.5
+
+
 def test_further_writers_get_the_same_numbers():
     class Memory:
         def __init__(self):
