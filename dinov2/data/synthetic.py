@@ -680,8 +680,8 @@ def _map(function: Callable, chunks: list, num_workers: int) -> Iterator[int]:
     if num_workers <= 1:
         yield from map(function, chunks)
         return
-    # spawn: a forked child would inherit the locks of the parent's OpenCV and torch threads
-    context = multiprocessing.get_context("spawn")
+    # A forked worker starts at once, a spawned one imports torch first, which drawing never touches.
+    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
     with ProcessPoolExecutor(min(num_workers, len(chunks)), mp_context=context) as pool:
         yield from pool.map(function, chunks)
 
