@@ -13,19 +13,26 @@ from dinov2.data import DataAugmentationDINO, ImageDataset, MaskingGenerator, Mu
 from dinov2.data.collate import Batch
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process
 from dinov2.train.schedules import total_iterations
+from dinov2.utils.config import get_effective_batch_size
 
 logger = logging.getLogger("dinov2")
 
 
-def build_train_dataset(cfg: Any) -> ImageDataset:
-    """The training part of the images of `train.dataset_path`; the held-out ones are its `preserved_images`."""
+def build_train_dataset(cfg: Any, *, held_out: bool = False) -> ImageDataset:
+    """The training part of the images of `train.dataset_path`, or the part that is held out of training."""
     return make_custom_dataset(
         cfg.train.dataset_path,
         path_preserved=cfg.train.path_preserved,
         frac=cfg.train.frac,
+        is_valid=not held_out,
         exclude=cfg.train.exclude,
         cache_dir=cfg.train.cache_dir,
     )
+
+
+def build_held_out_dataset(cfg: Any, dataset: ImageDataset) -> ImageDataset | None:
+    """The images held out of `dataset`, None if there are none."""
+    return build_train_dataset(cfg, held_out=True) if len(dataset.preserved_images) else None
 
 
 def build_augmentation(cfg: Any) -> DataAugmentationDINO:
@@ -39,11 +46,6 @@ def build_augmentation(cfg: Any) -> DataAugmentationDINO:
         local_crops_size=crops.local_crops_size,
         **cfg.augmentations,
     )
-
-
-def effective_batch(cfg: Any) -> int:
-    """Images per optimizer step, over all processes and accumulated batches."""
-    return cfg.train.batch_size_per_gpu * get_global_size() * cfg.train.gradient_accumulation_steps
 
 
 class TrainBatches:
@@ -94,7 +96,7 @@ class TrainBatches:
 
 def describe_data(cfg: Any, dataset: ImageDataset) -> None:
     """Say, before the first step, what the run will learn from, and keep the list of held-out images."""
-    iterations, batch = total_iterations(cfg), effective_batch(cfg)
+    iterations, batch = total_iterations(cfg), get_effective_batch_size(cfg)
     logger.info("%s", dataset.summary)
     logger.info(
         "%d iterations of %d images (%d 'epochs' of %d iterations) are %.1f passes over the %d training images",

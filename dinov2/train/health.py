@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinov2.data import make_labelled_dataset
+from dinov2.data import LabelledDataset
 from dinov2.eval.features import FeatureTable, ImageFiles, extract, l2_normalise
 from dinov2.eval.probes import align_classes, score_features
 
@@ -76,8 +76,10 @@ class HealthMonitor:
             )
         self.device = device
         self.linear_probe = bool(evaluation.linear_probe)
-        self.fit = make_labelled_dataset(evaluation.fit_dataset_path) if evaluation.fit_dataset_path else None
-        self.eval = make_labelled_dataset(evaluation.eval_dataset_path) if evaluation.eval_dataset_path else None
+        self.fit, self.eval = (
+            LabelledDataset(path, in_chans=cfg.student.in_chans) if path else None
+            for path in (evaluation.fit_dataset_path, evaluation.eval_dataset_path)
+        )
         self.held_out = (
             ImageFiles(held_out, cfg.student.in_chans, MAX_IMAGES)
             if held_out is not None and len(held_out)

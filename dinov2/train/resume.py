@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dinov2.train.build import effective_batch
+from dinov2.utils.config import get_effective_batch_size
 
 # What may differ between a run and its continuation: it does not change the numbers, or only in their last digits.
 FREE = (
@@ -18,7 +18,7 @@ FREE = (
     "compute_precision.teacher.*.sharding_strategy",
     "train.output_dir",
     "train.num_workers",
-    "train.batch_size_per_gpu",  # the batch of all processes must stay: `effective_batch`
+    "train.batch_size_per_gpu",  # the batch of all processes must stay: "effective batch"
     "train.gradient_accumulation_steps",
     "train.saveckp_freq",
     "train.log_period",
@@ -45,7 +45,7 @@ def run_identity(cfg: Any) -> dict[str, Any]:
     """The settings that make a run this run, flat, as JSON values."""
     flat = dict(_flatten(OmegaConf.to_container(cfg, resolve=True)))
     kept = {key: value for key, value in flat.items() if not any(_matches(key, pattern) for pattern in FREE)}
-    return {**kept, "effective batch": effective_batch(cfg)}
+    return {**kept, "effective batch": get_effective_batch_size(cfg)}
 
 
 def refuse_changed_config(cfg: Any, checkpoint: str | Path) -> None:

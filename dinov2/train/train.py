@@ -19,17 +19,22 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from dinov2 import distributed
-from dinov2.fsdp import CheckpointError, FSDPCheckpointer, clip_gradients, set_gradient_sync
+from dinov2.fsdp import CheckpointError, FSDPCheckpointer, clip_gradients, full_state_dict, set_gradient_sync
 from dinov2.logging import MetricLogger
 from dinov2.models.weights import save_backbone
-from dinov2.train.build import TrainBatches, build_train_dataset, describe_data, effective_batch
-from dinov2.train.engine import full_state_dict, prepare_backbone
+from dinov2.train.build import (
+    TrainBatches,
+    build_held_out_dataset,
+    build_train_dataset,
+    describe_data,
+)
+from dinov2.train.engine import prepare_backbone
 from dinov2.train.health import HealthMonitor
 from dinov2.train.resume import refuse_changed_config, run_identity
 from dinov2.train.schedules import ScheduleValues, build_schedulers, total_iterations
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.watch import NonFiniteLossError, StepWatch, stop_on_signal
-from dinov2.utils.config import setup
+from dinov2.utils.config import get_effective_batch_size, setup
 
 logger = logging.getLogger("dinov2")
 
@@ -127,7 +132,7 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, fl
     describe_data(cfg, dataset)
     start, stop = resume_or_start(cfg, checkpointer, resume), total_iterations(cfg)
     batches = TrainBatches(cfg, dataset, device=model.device, start_iteration=start)
-    health = HealthMonitor(cfg, device=model.device, held_out=dataset.preserved_images or None)
+    health = HealthMonitor(cfg, device=model.device, held_out=build_held_out_dataset(cfg, dataset))
     metrics = build_metric_logger(cfg)
     watch = StepWatch(model.device)
     if start == 0:
@@ -215,7 +220,8 @@ def build_metric_logger(cfg: Any) -> MetricLogger:
     return MetricLogger(
         output_file=output_dir / "training_metrics.json",
         tensorboard_dir=output_dir / "tensorboard",
-        images_per_iteration=effective_batch(cfg),
+        images_per_iteration=get_effective_batch_size(cfg),
+        window_size=cfg.train.log_period,  # a report tells of the iterations since the one before
     )
 
 
@@ -291,9 +297,14 @@ def build_model(cfg: Any) -> SSLMetaArch:
     return model
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train, or with `--eval-only` score and export a checkpoint; return the exit code."""
-    args = get_args_parser().parse_args(argv)
+def main(args: argparse.Namespace | Sequence[str] | None = None) -> int:
+    """Train, or with `--eval-only` score and export a checkpoint; return the exit code.
+
+    Args:
+        args: parsed options, or the command line to parse; by default the process's own.
+    """
+    if not isinstance(args, argparse.Namespace):
+        args = get_args_parser().parse_args(args)
     cfg = setup(args)
     try:
         model = build_model(cfg)
@@ -324,7 +335,7 @@ def export_checkpoint(cfg: Any, model: SSLMetaArch, checkpoint: str = "") -> Non
         raise CheckpointError(f"no checkpoint in {checkpointer.save_dir}; train first, or name one with --eval")
     done = checkpointer.load(found)["iteration"]
     dataset = build_train_dataset(cfg)
-    health = HealthMonitor(cfg, device=model.device, held_out=dataset.preserved_images or None)
+    health = HealthMonitor(cfg, device=model.device, held_out=build_held_out_dataset(cfg, dataset))
     do_test(cfg, model, done)
     report_health(cfg, model, health, build_metric_logger(cfg), done)
 
