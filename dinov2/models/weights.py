@@ -30,7 +30,11 @@ _FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_m
 
 
 class StateFile(NamedTuple):
-    """What a weights file holds: tensors by dotted name, and our config when it has one."""
+    """What a weights file holds: tensors by dotted name, and what it says about them.
+
+    `config` has `model` (options of the model) and `run` (config of the run) in files written here, `num_heads` for
+    folders of other libraries that tell it, and is None otherwise.
+    """
 
     state_dict: dict[str, Tensor]
     config: dict[str, Any] | None
@@ -167,31 +171,46 @@ def load_pretrained_weights(model: nn.Module, pretrained_weights: str | Path, ch
     return load_weights(model, pretrained_weights, checkpoint_key)
 
 
-def save_backbone(backbone: DinoVisionTransformer, path: str | Path, config: Mapping[str, Any] | None = None) -> None:
+def save_backbone(
+    backbone: DinoVisionTransformer | Mapping[str, Tensor],
+    path: str | Path,
+    config: Mapping[str, Any] | None = None,
+) -> None:
     """Write a backbone in plain hub names with its options inside, so that `load_backbone(path)` needs nothing else.
 
     Args:
-        backbone: any chunking; names come out unchunked.
+        backbone: the model, or its state dict; any chunking, names come out unchunked.
         path: `.safetensors`, or else a pickle of tensors for `torch.load(..., weights_only=True)`. Written whole or not
             at all.
-        config: kept in the file as `run` (JSON), next to the model's own options (`model`).
+        config: of the run, plain containers; kept in the file (`run`) next to the options of the model (`model`). Where
+            `backbone` is a state dict, its `student` section tells what shapes do not.
     """
     path = Path(path)
-    tensors = OrderedDict(
-        (plain_name(name), tensor.detach().cpu().contiguous()) for name, tensor in backbone.state_dict().items()
-    )
-    text = json.dumps({"model": describe_backbone(backbone), "run": dict(config or {})})
+    state_dict = backbone if isinstance(backbone, Mapping) else backbone.state_dict()
+    tensors = {plain_name(name): tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    if isinstance(backbone, Mapping):
+        student = (config or {}).get("student", {})
+        told = {name: student[name] for name in ("interpolate_antialias", "interpolate_offset") if name in student}
+        options = {**infer_architecture(tensors), **told}
+    else:
+        options = describe_backbone(backbone)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.suffix == ".safetensors":
-            safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt", CONFIG_KEY: text})
+            safetensors.torch.save_file(tensors, temporary, metadata=file_metadata(options, config))
         else:
-            tensors._metadata = OrderedDict({"": {"version": 1}, CONFIG_KEY: {"json": text}})
-            torch.save(tensors, temporary)
+            ordered = OrderedDict(tensors)
+            ordered._metadata = OrderedDict({"": {"version": 1}, CONFIG_KEY: file_metadata(options, config)})
+            torch.save(ordered, temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_metadata(options: Mapping[str, Any], config: Mapping[str, Any] | None) -> dict[str, str]:
+    """What a weights file says about itself: the model's options and the run's config, as JSON."""
+    return {"format": "pt", CONFIG_KEY: json.dumps({"model": options, "run": dict(config or {})})}
 
 
 def _read_file(path: Path) -> tuple[Mapping[str, Any], dict[str, Any] | None]:
@@ -202,7 +221,7 @@ def _read_file(path: Path) -> tuple[Mapping[str, Any], dict[str, Any] | None]:
     loaded = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(loaded, Mapping):
         raise ValueError(f"holds {type(loaded).__name__}, not a state dict")
-    text = getattr(loaded, "_metadata", {}).get(CONFIG_KEY, {}).get("json")
+    text = getattr(loaded, "_metadata", {}).get(CONFIG_KEY, {}).get(CONFIG_KEY)
     return loaded, json.loads(text) if text else None
 
 
@@ -215,12 +234,23 @@ def _read_folder(path: Path) -> tuple[Mapping[str, Any], dict[str, Any] | None]:
     file = next((path / name for name in _FOLDER_FILES if (path / name).is_file()), None)
     if file is None:
         raise ValueError(f"the folder has none of {', '.join(_FOLDER_FILES)}")
+    heads = _heads_in(path / "config.json")
     if file.suffix != ".json":
-        return _read_file(file)
+        loaded, config = _read_file(file)
+        return loaded, config or heads
     parts = sorted(set(json.loads(file.read_text())["weight_map"].values()))
     if any(Path(part).name != part for part in parts):
         raise ValueError(f"{file.name} points outside of the folder")
-    return {name: tensor for part in parts for name, tensor in _read_file(path / part)[0].items()}, None
+    return {name: tensor for part in parts for name, tensor in _read_file(path / part)[0].items()}, heads
+
+
+def _heads_in(path: Path) -> dict[str, Any] | None:
+    """The number of heads, the one thing that tensors do not show, from a Hugging Face or timm `config.json`."""
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text())
+    heads = config.get("num_attention_heads") or config.get("model_args", {}).get("num_heads")
+    return {"num_heads": heads} if heads else None
 
 
 def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
