@@ -38,12 +38,8 @@ def resource_problems(
     most = max(each.max_gpus for each in chosen)
     fitting = max(sum(node.gpus >= gpus for node in each.nodes) for each in chosen)
     if gpus > most:
-        total = nodes * gpus
-        hint = (
-            f"--ngpus {most} --nodes {-(-total // most)} gives {total} GPUs or more"
-            if most
-            else "--ngpus 0 runs on CPUs"
-        )
+        enough = -(-nodes * gpus // most) if most else 0
+        hint = f"--ngpus {most} --nodes {enough} gives {most * enough}" if most else "--ngpus 0 runs on CPUs"
         yield f"--ngpus {gpus}: no node of {where} has more than {most} GPUs; {hint}"
     elif nodes > fitting:
         yield f"--nodes {nodes}: {where} has only {fitting} node(s) with {gpus} GPUs"

@@ -37,8 +37,7 @@ TASKS = {
     "knn": "dinov2.run.eval.knn",
     "linear": "dinov2.run.eval.linear",
     "log_regression": "dinov2.run.eval.log_regression",
-    "embed": "dinov2.run.eval.embed",
-    "cross_validation": "dinov2.run.eval.cross_validation",
+    "evaluate": "dinov2.run.eval.cross_validation",
 }
 
 

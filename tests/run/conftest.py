@@ -73,4 +73,4 @@ def slurm(cluster, monkeypatch):
             monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_CONF", cluster)
     yield Slurm()
-    subprocess.run(["scancel", "--user", getpass.getuser()], check=True)
+    subprocess.run(["scancel", "--user", getpass.getuser()], check=True, env={**os.environ, "SLURM_CONF": cluster})

@@ -26,7 +26,7 @@ def test_an_unknown_partition_is_named_with_its_nearest_neighbour_and_all_there_
 
 def test_more_gpus_than_any_node_has_come_with_the_nodes_that_would_do():
     assert problems(gpus=8) == [
-        "--ngpus 8: no node of partition hard has more than 4 GPUs; --ngpus 4 --nodes 2 gives 8 GPUs or more"
+        "--ngpus 8: no node of partition hard has more than 4 GPUs; --ngpus 4 --nodes 2 gives 8"
     ]
     assert problems("cpu", gpus=1) == [
         "--ngpus 1: no node of partition cpu has more than 0 GPUs; --ngpus 0 runs on CPUs"
