@@ -43,7 +43,7 @@ def _flex(qkv: Tensor, layout: Layout) -> Tensor:
     """FlexAttention over the whole packing, with a block-diagonal mask."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Uncompiled, FlexAttention stores the attention matrix; inside a graph that is being compiled it is compiled anyway.
+    # Uncompiled, FlexAttention stores the attention matrix; inside a graph under compilation it is compiled anyway.
     kernel = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
     query, key, value = qkv.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
     output = kernel(query, key, value, block_mask=_same_image_mask(layout, qkv.device))
