@@ -20,9 +20,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("dinov2.train.train", "train a model on folders of images"),
     "estimate": ("dinov2.train.estimate", "find the largest batch that fits, and how long a run takes"),
     "evaluate": ("dinov2.eval.cross_validation", "score a model on labelled images by cross-validation"),
-    "embed": ("dinov2.eval.embed", "turn images into a table of features"),
-    "visualize": ("dinov2.eval.visualize", "draw maps of features, attention and neighbours"),
-    "explore": ("dinov2.eval.visualize.explorer", "write a web page to look through the images by their features"),
     "export": ("dinov2.hub.export", "write a model as ONNX, for timm or for Hugging Face"),
     "consolidate": ("dinov2.fsdp.checkpointer", "turn a training checkpoint into one weights file"),
     "submit": ("dinov2.run.submit", "start a training run on a SLURM cluster"),
@@ -70,9 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
             return USER_ERROR
-        return _complain(f"dinov2 {name}: {error}\n(`dinov2 --debug {name} …` shows the traceback)")
+        return _complain(f"dinov2 {name}: {error}{_hint(name, error)}")
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _hint(name: str, error: Exception) -> str:
+    """Return how to see more, unless the message says everything already."""
+    from dinov2.configs import ConfigError
+
+    return "" if isinstance(error, ConfigError) else f"\n(`dinov2 --debug {name} …` shows the traceback)"
 
 
 def _unknown(name: str) -> str:
