@@ -18,9 +18,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "synth": ("dinov2.data.synthetic", "draw labelled images of stained blood cells"),
     "check": ("dinov2.data.audit", "read every image of a folder and report what is wrong with it"),
     "train": ("dinov2.train.train", "train a model on folders of images"),
-    "estimate": ("dinov2.train.estimate", "find the largest batch that fits, and how long a run takes"),
+    "estimate": ("dinov2.train.estimate", "tell what a run costs in time and memory before it starts"),
     "evaluate": ("dinov2.eval.cross_validation", "score a model on labelled images by cross-validation"),
-    "export": ("dinov2.hub.export", "write a model as ONNX, for timm or for Hugging Face"),
+    "export": ("dinov2.hub.export", "write a model for timm, Hugging Face, ONNX or torch.export"),
     "consolidate": ("dinov2.fsdp.checkpointer", "turn a training checkpoint into one weights file"),
     "submit": ("dinov2.run.submit", "start a training run on a SLURM cluster"),
 }
