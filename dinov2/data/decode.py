@@ -241,7 +241,7 @@ def _open_with_pillow(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=[_PILLOW_FORMATS[sniff(data)]])
     except Image.DecompressionBombError as error:
-        raise _Refused(str(error)) from error
+        raise _Refused(f"more than the {MAX_PIXELS:,} pixels allowed (decompression bomb?)") from error
     _check_size(*image.size)
     return image
 

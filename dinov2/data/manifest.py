@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +37,8 @@ from tqdm import tqdm
 from .decode import UnreadableImage, read_bytes
 
 logger = logging.getLogger("dinov2")
+
+EMPTY_FILE = "empty file (0 bytes)"  # why a file is skipped
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")  # in any case
 MANIFEST_EXTENSIONS = (".csv", ".tsv", ".parquet", ".pq")
@@ -131,6 +133,15 @@ def _kind(path: str) -> str:
 # --------------------------------------------------------------------------------------------------------- index
 
 
+class IndexedFolder(NamedTuple):
+    """One folder or shard of an index: the rows first..first+count-1."""
+
+    path: str  # relative to the root of the source, "" for the root itself
+    first: int
+    count: int
+    skipped: dict[str, int]  # files by reason
+
+
 class Index:
     """The images of one source, in a fixed order, read from a memory-mapped index folder.
 
@@ -201,6 +212,14 @@ class Index:
         if len(content) < size:
             raise UnreadableImage(self.path(row), f"the shard ends {size - len(content)} bytes too early")
         return content
+
+    def folders(self) -> Iterator[IndexedFolder]:
+        """Yield the folders or shards, in the order of their rows; a manifest is one folder."""
+        count_of = len(self) if self.info["kind"] == "manifest" else None
+        for folder in self._directories.select(["path", "first", "count", "skipped"]).to_pylist():
+            skipped = json.loads(folder["skipped"])
+            count = folder["count"] if count_of is None else count_of
+            yield IndexedFolder(os.fsdecode(folder["path"]), folder["first"], count, skipped)
 
     def rows_below(self, path: str) -> np.ndarray:
         """Return the sorted rows of the images in a folder, a shard, or (its own path) the whole source."""
@@ -550,7 +569,7 @@ def _classify(entry: os.DirEntry, children: list[bytes]) -> str | None:
     if extension not in _EXTENSIONS:
         return _extension_name(extension)
     try:
-        return None if entry.stat().st_size else "empty file (0 bytes)"
+        return None if entry.stat().st_size else EMPTY_FILE
     except OSError:
         return "broken link"
 
@@ -588,7 +607,7 @@ def _list_shard(path: str, start_ns: int) -> _Listing:
                 elif extension not in IMAGE_EXTENSIONS:
                     skipped[_extension_name(extension.encode())] += 1
                 elif member.size == 0:
-                    skipped["empty file (0 bytes)"] += 1
+                    skipped[EMPTY_FILE] += 1
                 else:
                     members.append((member.name, member.offset_data, member.size))
                 shard.members = []  # tarfile remembers every member otherwise

@@ -212,6 +212,7 @@ def png_bomb(width=60_000, height=60_000):
     return b"\x89PNG\r\n\x1a\n" + head + png_chunk(b"IDAT", zlib.compress(bytes(10**6))) + png_chunk(b"IEND", b"")
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_decompression_bombs_are_refused_before_memory_is_asked_for():
     jpeg = encoded(picture(), "JPEG")
     size = jpeg.index(b"\xff\xc0") + 5
@@ -225,7 +226,7 @@ def test_decompression_bombs_are_refused_before_memory_is_asked_for():
         b"BM" + struct.pack("<IIIIiiHHIIIIII", 54, 0, 54, 40, 1 << 20, 1 << 20, 1, 24, 0, 0, 0, 0, 0, 0),
     ]
     for bomb in bombs:
-        with pytest.raises(UnreadableImage, match=r"bomb|exceeds limit"):
+        with pytest.raises(UnreadableImage, match="bomb"):
             decode_rgb(bomb)
 
 
@@ -370,9 +371,10 @@ def attack(rounds, seed):
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))  # a bomb shows up as an error, not as a full machine
     rng = np.random.default_rng(seed)
     tried = refused = 0
+    files = originals()
     for _ in range(rounds):
-        for original in originals():
-            data = mutate(original, rng)
+        for file in files:
+            data = mutate(file, rng)
             for function in (decode_rgb, decode_channels, read_header):
                 signal.alarm(20)  # a hang ends the process, which the test sees
                 tried += 1
@@ -392,9 +394,9 @@ def run_attack(rounds, seed):
     return int(tried), int(refused)
 
 
-def test_a_thousand_damaged_files_neither_end_nor_hang_the_process():
-    tried, refused = run_attack(rounds=20, seed=0)
-    assert tried == 20 * len(originals()) * 3
+def test_hundreds_of_damaged_files_neither_end_nor_hang_the_process():
+    tried, refused = run_attack(rounds=8, seed=0)
+    assert tried == 8 * len(originals()) * 3
     assert refused > tried // 4
 
 
