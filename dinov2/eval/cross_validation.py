@@ -26,13 +26,14 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import Tensor
 
 from dinov2 import distributed
-from dinov2.data import make_labelled_dataset
+from dinov2.data import LabelledDataset
 from dinov2.data.manifest import cache_folder
 from dinov2.eval.batch_effects import batch_effects
 from dinov2.eval.calibration import apply_temperature, fit_temperature
 from dinov2.eval.features import FeatureTable, available_features, concatenate, extract, extract_with, parse_features
 from dinov2.eval.probes import (
     align_classes,
+    choose_C,
     knn_predict,
     linear_probe_predict,
     logistic_regression_predict,
@@ -110,22 +111,44 @@ def method_names(ks: Sequence[int]) -> dict[str, str]:
     return {**{f"knn_{k}": f"{k}-NN" for k in ks}, "linear": "linear probe", "log_regression": "logistic regression"}
 
 
-def predict(
-    method: str, train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray, num_classes: int
-) -> np.ndarray:
-    """Class probabilities (M, C) of one classifier, by its name in `method_names`."""
-    if method.startswith("knn_"):
-        k = int(method.removeprefix("knn_"))
-        probabilities: Tensor = knn_predict(train_features, train_labels, test_features, [k], num_classes=num_classes)[
-            k
-        ]
-    elif method == "linear":
-        probabilities = linear_probe_predict(train_features, train_labels, test_features, num_classes)
-    elif method == "log_regression":
-        probabilities = logistic_regression_predict(train_features, train_labels, test_features, num_classes)
-    else:
-        raise ValueError(f"unknown method {method!r}; known: knn_K, linear, log_regression")
-    return probabilities.double().numpy()
+@dataclass(frozen=True)
+class Classifier:
+    """A method with its settings: predicts the classes of some rows from others."""
+
+    method: str
+    num_classes: int
+    C: float = 1.0  # of logistic regression
+
+    @staticmethod
+    def choose(method: str, features: np.ndarray, labels: np.ndarray, num_classes: int) -> Classifier:
+        """The classifier of a name in `method_names`, its settings chosen on these training rows alone."""
+        if method != "log_regression":
+            return Classifier(method, num_classes)
+        return Classifier(method, num_classes, C=choose_C(features, labels, num_classes))
+
+    def predict(self, train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray) -> np.ndarray:
+        """Class probabilities (M, C)."""
+        data = (train_features, train_labels, test_features)
+        if self.method.startswith("knn_"):
+            k = self.neighbours
+            probabilities: Tensor = knn_predict(*data, [k], num_classes=self.num_classes)[k]
+        elif self.method == "linear":
+            probabilities = linear_probe_predict(*data, self.num_classes)
+        elif self.method == "log_regression":
+            probabilities = logistic_regression_predict(*data, self.num_classes, C=self.C)
+        else:
+            raise ValueError(f"unknown method {self.method!r}; known: knn_K, linear, log_regression")
+        return probabilities.double().numpy()
+
+    @property
+    def neighbours(self) -> int:
+        """The k of k-NN, 0 for others."""
+        return int(self.method.removeprefix("knn_")) if self.method.startswith("knn_") else 0
+
+    def smooth(self, probabilities: np.ndarray) -> np.ndarray:
+        """Without zeros: k neighbours get one more that is undecided, for a class without a vote may be right."""
+        k = self.neighbours
+        return (k * probabilities + 1 / self.num_classes) / (k + 1) if k else probabilities
 
 
 @dataclass(frozen=True)
@@ -143,6 +166,12 @@ class Outcome:
     calibrated: np.ndarray  # (N, C), after temperature scaling
     temperatures: tuple[float, ...]  # one per fold
 
+    @property
+    def confidence(self) -> np.ndarray:
+        """Probabilities to rank predictions by: calibrated, so that folds compare, if they tell predictions apart."""
+        says_nothing = np.ptp(self.probabilities.max(axis=1)) == 0  # 1-NN
+        return self.probabilities if says_nothing else self.calibrated
+
 
 def cross_validate(
     table: FeatureTable,
@@ -153,52 +182,34 @@ def cross_validate(
     features: str = "",
     baseline: bool = False,
 ) -> Outcome:
-    """Fit on the training rows of every split and predict its test rows.
+    """Fit on the training rows of every split and predict its test rows, as they come and with a temperature.
 
-    The temperature of a fold is fitted on the predictions for the other folds; with a single split, on a fifth of the
-    training rows that a classifier fitted on the rest predicts. No tested image ever sets its own temperature.
+    The temperature of a split is fitted on a fifth of its training rows, predicted by a classifier of the same settings
+    fitted on the rest: no tested image has a say in its own calibration.
     """
-    num_classes = len(table.classes)
-    parts = [
-        predict(method, table.features[s.train], table.labels[s.train], table.features[s.test], num_classes)
-        for s in splits
-    ]
-    targets = [table.labels[s.test] for s in splits]
-    temperatures = _temperatures(table, splits, method, parts, targets)
-    rows = np.concatenate([s.test for s in splits])
+    parts = []
+    for number, split in enumerate(splits):
+        x, y, test = table.features[split.train], table.labels[split.train], table.features[split.test]
+        classifier = Classifier.choose(method, x, y, len(table.classes))
+        probabilities = classifier.predict(x, y, test)
+        held = stratified_share(y, 0.2, seed=0)
+        inner = classifier.predict(x[~held], y[~held], x[held])
+        temperature = fit_temperature(classifier.smooth(inner), y[held])
+        calibrated = apply_temperature(classifier.smooth(probabilities), temperature)
+        parts.append((split.test, np.full(len(split.test), number), probabilities, calibrated, temperature))
+    rows, folds, probabilities, calibrated = (np.concatenate([part[i] for part in parts]) for i in range(4))
     order = np.argsort(rows)
-    together = lambda arrays: np.concatenate(list(arrays))[order]  # noqa: E731
     return Outcome(
         model=model,
         features=features,
         method=method,
         baseline=baseline,
         rows=rows[order],
-        folds=together(np.full(len(s.test), i) for i, s in enumerate(splits)),
-        targets=together(targets),
-        probabilities=together(parts),
-        calibrated=together(apply_temperature(p, t) for p, t in zip(parts, temperatures)),
-        temperatures=temperatures,
-    )
-
-
-def _temperatures(
-    table: FeatureTable,
-    splits: Sequence[Split],
-    method: str,
-    parts: Sequence[np.ndarray],
-    targets: Sequence[np.ndarray],
-) -> tuple[float, ...]:
-    if len(splits) == 1:
-        train = splits[0].train
-        held = stratified_share(table.labels[train], 0.2, seed=0)
-        fit, tune = train[~held], train[held]
-        inner = predict(method, table.features[fit], table.labels[fit], table.features[tune], len(table.classes))
-        return (fit_temperature(inner, table.labels[tune]),)
-    others = [[j for j in range(len(splits)) if j != i] for i in range(len(splits))]
-    return tuple(
-        fit_temperature(np.concatenate([parts[j] for j in js]), np.concatenate([targets[j] for j in js]))
-        for js in others
+        folds=folds[order],
+        targets=table.labels[rows[order]],
+        probabilities=probabilities[order],
+        calibrated=calibrated[order],
+        temperatures=tuple(part[-1] for part in parts),
     )
 
 
@@ -443,7 +454,8 @@ def run(args: argparse.Namespace) -> Report | None:
     channels = {model.options["in_chans"] for model in models.values()}
     if len(channels) > 1:
         raise ValueError(f"models for images of {sorted(channels)} channels cannot be compared on the same images")
-    datasets = [make_labelled_dataset(data, in_chans=channels.copy().pop()) for data in (args.data, args.test) if data]
+    (in_chans,) = channels
+    datasets = [LabelledDataset(data, in_chans=in_chans) for data in (args.data, args.test) if data]
     entrants = collect_entrants(args, models, datasets)
     if not distributed.is_main_process():
         return None

@@ -96,7 +96,6 @@ class LogRegModule(nn.Module):
             int(train_labels.max()) + 1,
             C=self.C,
             max_iter=self.max_iter,
-            tolerance=1e-6,
         )
 
     def forward(self, samples: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -153,6 +153,83 @@ class SoftmaxRegression:
         return self.logits(features).softmax(dim=1)
 
 
+class SoftmaxProblem:
+    """Softmax regression on one training set: minimise C * (sum of cross-entropies) + |weight|^2 / 2 for any C.
+
+    The objective is that of scikit-learn's `LogisticRegression` (the bias is not penalised). It is solved with L-BFGS
+    in coordinates in which its curvature is nearly the same in all directions: features are centred (the bias takes it
+    up), rotated to their principal axes, and scaled along each by the square root of the bound on the curvature. The
+    optimum is the same, and found in tens of steps instead of thousands.
+
+    Source of the bound: Boehning, "Multinomial logistic regression algorithm", Ann. Inst. Stat. Math. 1992.
+
+    Args:
+        features: (N, D); the precision of the solution is theirs.
+        labels: (N,), from 0 to num_classes - 1; a class may be absent, its probability then tends to 0.
+    """
+
+    def __init__(self, features: np.ndarray | Tensor, labels: np.ndarray | Tensor, num_classes: int):
+        x = torch.as_tensor(features)
+        self.targets = one_hot(torch.as_tensor(labels).to(x.device, torch.long), num_classes).to(x.dtype)
+        self.mean = x.mean(dim=0)
+        centred = (x - self.mean).double()
+        self.axes, self.variance = _principal_axes(centred)
+        self.scores = (centred @ self.axes).to(x.dtype)  # (N, R)
+
+    def solve(
+        self, C: float, *, max_iter: int = 1000, tolerance: float = 1e-5, start: SoftmaxRegression | None = None
+    ) -> SoftmaxRegression:
+        """The optimum for one C.
+
+        Args:
+            C: inverse strength of the penalty.
+            max_iter: L-BFGS iterations at most.
+            tolerance: stop when no component of the gradient of the mean loss, in scaled coordinates, is larger.
+            start: where to begin, such as the solution for a nearby C.
+        """
+        n, like = len(self.scores), self.scores
+        penalty = 1 / (C * n)  # the mean loss has gradients of the same size for every C and N
+        unit = (self.variance / 2 + penalty).sqrt()  # of each coordinate
+        x, shrink = like / unit.to(like), (penalty / unit.square()).to(like)
+        if start is None:
+            weight, bias = like.new_zeros(self.targets.shape[1], x.shape[1]), like.new_zeros(self.targets.shape[1])
+        else:
+            weight = (start.weight.double() @ self.axes * unit).to(like)
+            bias = start.bias + start.weight @ self.mean
+        weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
+
+        @torch.no_grad()
+        def objective() -> Tensor:
+            log_p = torch.log_softmax(torch.addmm(bias, x, weight.T), dim=1)
+            error = (log_p.exp() - self.targets) / n
+            weight.grad.copy_(error.T @ x).addcmul_(weight, shrink)
+            bias.grad.copy_(error.sum(dim=0))
+            return -(log_p * self.targets).sum() / n + (weight.square() * shrink).sum() / 2
+
+        torch.optim.LBFGS(
+            [weight, bias],
+            max_iter=max_iter,
+            tolerance_grad=tolerance,
+            tolerance_change=1e-12,
+            history_size=20,
+            line_search_fn="strong_wolfe",
+        ).step(objective)
+        weight = ((weight.double() / unit) @ self.axes.T).to(like)
+        return SoftmaxRegression(weight, bias - weight @ self.mean)
+
+
+def _principal_axes(centred: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal axes (D, R) of centred rows (N, D), float64, and the variance along each; without those of none."""
+    n, width = centred.shape
+    if n < width:  # the smaller of the two Gram matrices has the same eigenvalues
+        variance, rows = torch.linalg.eigh(centred @ centred.T / n)
+    else:
+        variance, axes = torch.linalg.eigh(centred.T @ centred / n)
+    kept = variance > 1e-13 * variance.amax().clamp_min(1e-300)
+    variance = variance[kept]
+    return (centred.T @ rows[:, kept] / (variance * n).sqrt() if n < width else axes[:, kept]), variance
+
+
 def fit_softmax_regression(
     features: np.ndarray | Tensor,
     labels: np.ndarray | Tensor,
@@ -161,45 +238,9 @@ def fit_softmax_regression(
     C: float = 1.0,
     max_iter: int = 1000,
     tolerance: float = 1e-5,
-    start: SoftmaxRegression | None = None,
 ) -> SoftmaxRegression:
-    """Minimise C * (sum of cross-entropies) + |weight|^2 / 2 with L-BFGS in the precision of the features.
-
-    The objective is scikit-learn's `LogisticRegression` (the bias is not penalised).
-
-    Args:
-        features: (N, D).
-        labels: (N,), from 0 to num_classes - 1; a class may be absent, its probability then tends to 0.
-        C: inverse strength of the penalty.
-        max_iter: L-BFGS iterations at most.
-        tolerance: stop when no component of the gradient of the mean loss is larger.
-        start: where to begin, such as the solution for a nearby C.
-    """
-    x = torch.as_tensor(features)
-    y = one_hot(torch.as_tensor(labels).to(x.device, torch.long), num_classes).to(x.dtype)
-    scale = 1 / (C * len(x))  # the mean loss has gradients of the same size for every C and N
-    weight = start.weight.clone() if start else x.new_zeros(num_classes, x.shape[1])
-    bias = start.bias.clone() if start else x.new_zeros(num_classes)
-    weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
-    optimizer = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=max_iter,
-        tolerance_grad=tolerance,
-        tolerance_change=1e-12,
-        history_size=20,
-        line_search_fn="strong_wolfe",
-    )
-
-    @torch.no_grad()
-    def objective() -> Tensor:
-        log_p = torch.log_softmax(torch.addmm(bias, x, weight.T), dim=1)
-        error = (log_p.exp() - y) / len(x)
-        weight.grad.copy_(error.T @ x).add_(weight, alpha=scale)
-        bias.grad.copy_(error.sum(dim=0))
-        return -(log_p * y).sum() / len(x) + scale / 2 * weight.square().sum()
-
-    optimizer.step(objective)
-    return SoftmaxRegression(weight, bias)
+    """`SoftmaxProblem(features, labels, num_classes).solve(C)`."""
+    return SoftmaxProblem(features, labels, num_classes).solve(C, max_iter=max_iter, tolerance=tolerance)
 
 
 def standardise(train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -224,34 +265,47 @@ def linear_probe_predict(
     return fit_softmax_regression(train, train_labels, num_classes, C=C, max_iter=max_iter).predict_proba(test)
 
 
+def choose_C(
+    train_features: np.ndarray,
+    train_labels: np.ndarray,
+    num_classes: int,
+    *,
+    powers: Sequence[float] = LOG_REGRESSION_POWERS,
+    max_iter: int = 1000,
+    seed: int = 0,
+) -> float:
+    """The C of logistic regression: fitted on nine tenths of the rows of each class, it has to do well on the tenth.
+
+    Every power of ten in `powers` is tried, each fit starting from the one before; the smallest C with the highest
+    accuracy wins. DINOv2 tries 45 powers, and so does `dinov2.eval.log_regression`.
+    """
+    x = torch.as_tensor(np.asarray(train_features, np.float64))
+    y = torch.as_tensor(np.asarray(train_labels, np.int64))
+    tune = stratified_share(np.asarray(train_labels), 0.1, seed)
+    problem = SoftmaxProblem(x[~tune], y[~tune], num_classes)
+    best_accuracy, best_C, model = -1.0, 1.0, None
+    for power in sorted(powers):
+        model = problem.solve(10.0**power, max_iter=max_iter, start=model)
+        accuracy = float((model.logits(x[tune]).argmax(dim=1) == y[tune]).double().mean())
+        if accuracy > best_accuracy:
+            best_accuracy, best_C = accuracy, 10.0**power
+    return best_C
+
+
 def logistic_regression_predict(
     train_features: np.ndarray,
     train_labels: np.ndarray,
     test_features: np.ndarray,
     num_classes: int,
     *,
-    powers: Sequence[float] = LOG_REGRESSION_POWERS,
+    C: float,
     max_iter: int = 1000,
-    seed: int = 0,
 ) -> Tensor:
-    """Class probabilities (M, C) of logistic regression, C chosen on a tenth of the training rows, fitted on all.
-
-    Every power of ten in `powers` is tried, each fit starting from the one before; the smallest C with the highest
-    accuracy on the tenth (drawn class by class) wins. DINOv2 tries 45 powers, `dinov2.eval.log_regression` likewise.
-    """
-    x = torch.as_tensor(np.asarray(train_features, np.float64))
-    y = torch.as_tensor(np.asarray(train_labels, np.int64))
-    tune = stratified_share(np.asarray(train_labels), 0.1, seed)
-    fit = ~tune
-    best_accuracy, best_C, model = -1.0, 1.0, None
-    for power in sorted(powers):
-        model = fit_softmax_regression(x[fit], y[fit], num_classes, C=10.0**power, max_iter=max_iter, start=model)
-        accuracy = float((model.logits(x[tune]).argmax(dim=1) == y[tune]).double().mean())
-        if accuracy > best_accuracy:
-            best_accuracy, best_C, best = accuracy, 10.0**power, model
-    return fit_softmax_regression(x, y, num_classes, C=best_C, max_iter=max_iter, start=best).predict_proba(
-        test_features
+    """Class probabilities (M, C) of logistic regression on features as they are."""
+    model = fit_softmax_regression(
+        np.asarray(train_features, np.float64), train_labels, num_classes, C=C, max_iter=max_iter
     )
+    return model.predict_proba(test_features)
 
 
 def stratified_share(labels: np.ndarray, share: float, seed: int) -> np.ndarray:

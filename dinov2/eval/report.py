@@ -69,13 +69,13 @@ class Scored:
     def calibration(self) -> dict[str, float]:
         """Calibration error with and without temperature scaling, and accuracy when the least sure are left out."""
         o = self.outcome
-        _, risk = risk_coverage(o.probabilities, o.targets)
+        _, risk = risk_coverage(o.confidence, o.targets)
         return {
             "ece": expected_calibration_error(o.probabilities, o.targets),
             "ece_after_temperature": expected_calibration_error(o.calibrated, o.targets),
             "temperature": float(np.mean(o.temperatures)),
             "area_under_risk_coverage": float(risk.mean()),
-            **{f"accuracy_at_{c:.0%}": accuracy_at_coverage(o.calibrated, o.targets, c) for c in COVERAGES},
+            **{f"accuracy_at_{c:.0%}": accuracy_at_coverage(o.confidence, o.targets, c) for c in COVERAGES},
         }
 
 
@@ -434,11 +434,11 @@ def draw_pictures(report: Report, folder: Path) -> dict[str, list[str]]:
             figure = confusion_figure(
                 s.confusion, report.table.classes, f"{report.method_names[s.outcome.method]} ({title})"
             )
-            figure.savefig(folder / name, dpi=150)
+            figure.savefig(folder / name, dpi=150, bbox_inches="tight")
             pictures["confusion"].append(name)
         for kind, draw in (("reliability", reliability_figure), ("abstention", abstention_figure)):
             name = f"{kind}_{stem}.png"
-            draw(scored, report.method_names, title).savefig(folder / name, dpi=150)
+            draw(scored, report.method_names, title).savefig(folder / name, dpi=150, bbox_inches="tight")
             pictures["calibration"].append(name)
     return pictures
 
@@ -477,37 +477,32 @@ def confusion_figure(confusion: np.ndarray, classes: Sequence[str], title: str):
 
 def reliability_figure(scored: Sequence[Scored], names: Mapping[str, str], title: str):
     """Accuracy against confidence, before and after temperature scaling, and how often each confidence occurs."""
-    figure = new_figure(3.1 * len(scored) + 0.4, 4.2)
-    axes = figure.subplots(2, len(scored), sharex=True, squeeze=False, height_ratios=[3, 1])
+    figure = new_figure(max(2.7 * len(scored), 4.5), 4.4)
+    axes = figure.subplots(2, len(scored), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 1])
     edges = np.linspace(0, 1, BINS + 1)
     for (upper, lower), s in zip(axes.T, scored):
-        upper.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=":")
         o = s.outcome
+        upper.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=":")
+        errors = []
         for probabilities, colour, marker, label in (
             (o.probabilities, PALETTE[1], "o", "as predicted"),
             (o.calibrated, PALETTE[0], "s", "temperature scaled"),
         ):
-            table = reliability(probabilities, o.targets)
-            kept = table.count > 0
-            error = expected_calibration_error(probabilities, o.targets)
-            upper.plot(
-                table.confidence[kept],
-                table.accuracy[kept],
-                color=colour,
-                marker=marker,
-                markersize=4,
-                linewidth=1.5,
-                label=f"{label}, ECE {error:.3f}",
-            )
-            lower.stairs(table.count / table.count.sum(), edges, color=colour, linewidth=1.5)
-        upper.set(xlim=(0, 1), ylim=(0, 1.02), title=names[o.method])
-        upper.legend(fontsize=7, loc="upper left", frameon=False)
+            bins = reliability(probabilities, o.targets)
+            kept = bins.count > 0
+            errors.append(expected_calibration_error(probabilities, o.targets))
+            style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.5, "label": label}
+            upper.plot(bins.confidence[kept], bins.accuracy[kept], clip_on=False, **style)
+            lower.stairs(bins.count / bins.count.sum(), edges, color=colour, linewidth=1.5)
+        upper.set(xlim=(0, 1), ylim=(0, 1))
+        upper.set_title(f"{names[o.method]}\nECE {errors[0]:.3f} → {errors[1]:.3f}", fontsize=9)
         lower.set_xlabel("confidence")
-        lower.set_ylim(0, 1)
         for ax in (upper, lower):
             ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("accuracy")
-    axes[1, 0].set_ylabel("share")
+    axes[1, 0].set_ylabel("share of images")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -517,7 +512,7 @@ def abstention_figure(scored: Sequence[Scored], names: Mapping[str, str], title:
     figure = new_figure(5.2, 3.6)
     ax = figure.add_subplot()
     for s, colour in zip(scored, PALETTE * (len(scored) // len(PALETTE) + 1)):
-        coverage, risk = risk_coverage(s.outcome.calibrated, s.outcome.targets)
+        coverage, risk = risk_coverage(s.outcome.confidence, s.outcome.targets)
         ax.plot(100 * coverage, 100 * (1 - risk), color=colour, linewidth=1.8, label=names[s.outcome.method])
     ax.set(
         xlabel="images kept, per cent (the most confident first)", ylabel="accuracy of those, per cent", xlim=(0, 100)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from dinov2 import distributed
-from dinov2.data import DatasetWithEnumeratedTargets, make_dataset
+from dinov2.data import DatasetWithEnumeratedTargets, LabelledDataset, make_dataset
+from dinov2.data.datasets.registry import is_dataset_string
 from dinov2.data.loaders import resolve_num_workers
 from dinov2.eval.metrics import MetricCollection
 from dinov2.logging import MetricLogger
@@ -194,35 +195,26 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 # --------------------------------------------------------------------------- labelled data sets
 
 
-class Relabel:
-    """A target transform: the class numbers of one data set in the numbering of another."""
-
-    def __init__(self, classes: Sequence[str], numbering: Sequence[str]):
-        self.number = [list(numbering).index(name) for name in classes]
-
-    def __call__(self, target: int) -> int:
-        """The other number of a class."""
-        return self.number[int(target)]
-
-
-def make_classification_datasets(dataset_strs: Sequence[str], transforms: Sequence[Callable | None]) -> list[Dataset]:
-    """Labelled data sets with one numbering of the classes, that of the first.
+def make_classification_datasets(dataset_strs: Sequence[str], transforms: Sequence[Callable | None]) -> list[Any]:
+    """Labelled data sets: folders, CSV files or dataset strings; folders number their classes as the first one does.
 
     Raises:
         ValueError: a class that the first data set does not have.
     """
-    datasets = [make_dataset(dataset_str=d, transform=t) for d, t in zip(dataset_strs, transforms)]
-    classes = getattr(datasets[0], "classes", None)
-    for i, (name, dataset) in enumerate(zip(dataset_strs, datasets)):
-        own = getattr(dataset, "classes", None)
-        if classes is None or own is None or list(own) == list(classes):
+    datasets: list[Any] = []
+    for name, transform in zip(dataset_strs, transforms):
+        if is_dataset_string(name):
+            datasets.append(make_dataset(dataset_str=name, transform=transform))
             continue
-        if unknown := [c for c in own if c not in classes]:
+        classes = getattr(datasets[0], "classes", None) if datasets else None
+        try:
+            datasets.append(LabelledDataset(name, transform=transform, classes=classes))
+        except ValueError as error:
+            if classes is None:
+                raise
             raise ValueError(
-                f"classes {unknown} of {name} are not among those of {dataset_strs[0]}: {list(classes)}; "
-                "rename the folders, or use `dinov2 evaluate` with a label map"
-            )
-        datasets[i] = make_dataset(dataset_str=name, transform=transforms[i], target_transform=Relabel(own, classes))
+                f"{name}: {error}. Rename its folders as in {dataset_strs[0]}, or use `dinov2 evaluate --label-map`"
+            ) from error
     return datasets
 
 

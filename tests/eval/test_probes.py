@@ -9,6 +9,7 @@ from sklearn.preprocessing import StandardScaler
 from dinov2.eval import probes
 from dinov2.eval.features import FeatureTable
 from dinov2.eval.probes import (
+    SoftmaxProblem,
     fit_softmax_regression,
     knn_predict,
     linear_probe_predict,
@@ -90,10 +91,30 @@ def test_the_linear_probe_is_scikit_learns_default_on_standardised_features(data
 
 
 def test_starting_from_another_solution_ends_at_the_same_optimum(data):
-    x, y = data[0].astype(np.float64), data[1]
-    cold = fit_softmax_regression(x, y, 5, C=10, tolerance=1e-8)
-    warm = fit_softmax_regression(x, y, 5, C=10, tolerance=1e-8, start=fit_softmax_regression(x, y, 5, C=0.1))
+    problem = SoftmaxProblem(data[0].astype(np.float64), data[1], 5)
+    cold = problem.solve(10, tolerance=1e-9)
+    warm = problem.solve(10, tolerance=1e-9, start=problem.solve(0.1))
     torch.testing.assert_close(warm.weight, cold.weight, atol=1e-4, rtol=0)
+
+
+def test_the_optimum_is_the_same_with_more_columns_than_rows_and_with_repeated_columns():
+    x, y = blobs(30, seed=1, dim=60)
+    x = np.concatenate([x, x[:, :5], 7 + 1e-3 * x[:, :5]], axis=1).astype(np.float64)
+    theirs = LogisticRegression(C=3.0, max_iter=20000, tol=1e-9).fit(x, y)
+    ours = fit_softmax_regression(x, y, 5, C=3.0, tolerance=1e-8)
+    np.testing.assert_allclose(ours.weight, theirs.coef_, atol=1e-4)
+    np.testing.assert_allclose(ours.predict_proba(x), theirs.predict_proba(x), atol=1e-4)
+
+
+def test_the_gradient_is_zero_at_the_optimum_of_features_of_very_different_scales():
+    x, y = blobs(200, seed=1)
+    x = x * np.logspace(-2, 3, x.shape[1]) + 1e4
+    model = fit_softmax_regression(x, y, 5, C=100.0)
+    error = (model.predict_proba(x) - torch.nn.functional.one_hot(torch.from_numpy(y), 5)).T
+    gradient = 100 * error @ torch.from_numpy(x - x.mean(axis=0)) + model.weight
+    curvature = torch.from_numpy(x.var(axis=0) / 2 + 1 / (100 * len(x)))  # the bound, of data term and penalty
+    assert (gradient.abs() / (100 * len(x)) / curvature.sqrt()).max() < 1e-4
+    assert error.sum(dim=1).abs().max() / len(x) < 1e-5
 
 
 def test_a_class_without_training_images_is_never_predicted(data):
