@@ -63,7 +63,7 @@ def directives(parameters: Mapping[str, int | str]) -> list[str]:
 
 
 def render(
-    module: str,
+    program: str,
     arguments: Sequence[str],
     *,
     parameters: Mapping[str, int | str],
@@ -78,14 +78,14 @@ def render(
     """Write the script of a job, or of an array with one job per run.
 
     Args:
-        module: run as `python -m module`, once per task.
-        arguments: of the module, without its config file and output folder.
+        program: a file of this package, run once per task.
+        arguments: of the program, without its config file and output folder.
         parameters: see `dinov2.utils.cluster.get_slurm_executor_parameters`.
         output_dir: of the job; `%j` in it becomes the job id.
         runs: folders below output_dir, one per job of an array; none: one job, whose folder is output_dir.
         takes_config: pass `--config-file` with the resolved config of the run.
-        first_arguments: of the module, when the job starts for the first time and not when it comes back.
-        resume_code: the exit code that puts the job back in the queue; None where the module cannot resume.
+        first_arguments: of the program, when the job starts for the first time and not when it comes back.
+        resume_code: the exit code that puts the job back in the queue; None where the program cannot resume.
         title: what this is, for the reader.
         command_line: what the user typed, for the reader.
     """
@@ -98,7 +98,7 @@ def render(
     if runs:
         names = "\n".join(f"  {shlex.quote(name)}" for name in runs)
         run = f"runs=(\n{names}\n)\n{run}/${{runs[SLURM_ARRAY_TASK_ID]}}"
-    command = f'{shlex.join([sys.executable, "-m", module])} --output-dir "$run"'
+    command = f'{shlex.join([sys.executable, str(PACKAGE_ROOT / program)])} --output-dir "$run"'
     command += ' --config-file "$job/config.yaml"' if takes_config else ""
     command += ' "${first[@]}"' if first_arguments else ""
     command += f" {shlex.join(arguments)}" if arguments else ""

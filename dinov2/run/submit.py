@@ -1,31 +1,22 @@
 """Submit a training or an evaluation to a SLURM cluster: check it, write its script, hand it to `sbatch`."""
 
 import argparse
-import copy
-import enum
-import getpass
 import importlib
-import json
 import os
-import shlex
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 import dinov2
-from dinov2.configs import check
-from dinov2.run import checks, sweep
+from dinov2.run import checks, local, sweep
 from dinov2.run.follow import follow
+from dinov2.run.job_folder import Run, write_config, write_record
 from dinov2.run.script import JOB_FOLDER, JOB_ID, PACKAGE_ROOT, render
+from dinov2.run.task import SubmissionError, Task
 from dinov2.utils import cluster
-from dinov2.utils.config import get_cfg_from_args
-from dinov2.utils.utils import get_sha
 
 DEFAULT_GPUS = 8  # of a node about which nothing is known; as in DINOv2
 BIG_GPUS = "DINOV2_BIG_GPU_CONSTRAINT"  # a site's own name for its large GPUs
@@ -39,105 +30,6 @@ TASKS = {
     "log_regression": "dinov2.run.eval.log_regression",
     "evaluate": "dinov2.run.eval.cross_validation",
 }
-
-
-class SubmissionError(RuntimeError):
-    """A job that cannot run as asked for; the message says what to change."""
-
-
-class Task:
-    """A program of this package that the launcher can start; each subclass names one.
-
-    Args:
-        args: of the program and of the launcher together.
-    """
-
-    module: str  # started as `python -m module`
-    get_args_parser: Callable[..., argparse.ArgumentParser]  # of the program alone
-    for_training = False  # whether its config must name training data
-    resume_code: int | None = None  # its exit code when it was told to stop and has left a checkpoint
-    data_arguments: tuple[str, ...] = ()  # arguments that name data
-
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
-
-    @property
-    def takes_config(self) -> bool:
-        """Whether the program gets a resolved config; an evaluation may find all it needs in a weights file."""
-        return self.for_training or bool(getattr(self.args, "config_file", ""))
-
-    def arguments(self) -> list[str]:
-        """Return the command line of the program without output folder and, in a resolved config, overrides."""
-        elsewhere = ("config_file", "opts") if self.takes_config else ()
-        parser = type(self).get_args_parser(add_help=False)
-        return command_line(parser, self.args, leave_out=("output_dir", "no_resume", *elsewhere))
-
-    def first_arguments(self) -> list[str]:
-        """Return what holds for the first start only: a job that comes back from the queue is to resume."""
-        return ["--no-resume"] if getattr(self.args, "no_resume", False) else []
-
-    def config(self, output_dir: str, overrides: Sequence[str] = ()) -> DictConfig | None:
-        """Return the checked config of a run.
-
-        Raises:
-            ConfigError: it has problems.
-            SubmissionError: a sweep without a config to change.
-        """
-        if not self.takes_config:
-            if overrides:
-                raise SubmissionError("--sweep changes values of a config: give one with --config-file")
-            return None
-        args = copy.copy(self.args)
-        args.output_dir = output_dir
-        args.opts = [*(self.args.opts or []), *overrides]
-        return check(get_cfg_from_args(args), for_training=self.for_training)
-
-    def data_paths(self, cfg: DictConfig | None) -> dict[str, str]:
-        """Return what each path is that the program's arguments name as data, by path."""
-        actions = type(self).get_args_parser(add_help=False)._actions
-        return {
-            path: action.option_strings[0]
-            for action in actions
-            if action.dest in self.data_arguments
-            for path in folders(getattr(self.args, action.dest))
-        }
-
-
-def folders(value: str | Sequence[str] | None) -> list[str]:
-    """Return the paths in a dataset option: a path, several, or a string such as `ImageNet:split=TRAIN:root=/data`."""
-    if not value:
-        return []
-    if not isinstance(value, str):
-        return [path for each in value for path in folders(each)]
-    if ":" not in value:
-        return [value]
-    return [part.partition("=")[2] for part in value.split(":") if part.partition("=")[0] in ("root", "extra")]
-
-
-def command_line(parser: argparse.ArgumentParser, args: argparse.Namespace, leave_out: Sequence[str] = ()) -> list[str]:
-    """Write parsed arguments as the words that parse to them; those at their default are left out.
-
-    Raises:
-        TypeError: the parser has a kind of argument that this cannot write.
-    """
-    words: list[str] = []
-    positional: list[str] = []
-    for action in parser._actions:  # argparse offers no public view of its options
-        value = getattr(args, action.dest, action.default)
-        if action.dest in ("help", *leave_out) or value == action.default:
-            continue
-        values = [
-            str(v.value if isinstance(v, enum.Enum) else v) for v in (value if isinstance(value, list) else [value])
-        ]
-        if not action.option_strings:
-            positional += values
-        elif action.nargs == 0 and isinstance(value, bool):  # a flag; --no-... where it has two names
-            words.append(action.option_strings[0 if value or len(action.option_strings) == 1 else -1])
-        elif isinstance(action, argparse._StoreAction):
-            words += [action.option_strings[0], *values]
-        else:
-            raise TypeError(f"cannot write {action.option_strings[0]}, a {type(action).__name__}, as a command line")
-    return words + positional
 
 
 def get_args_parser(
@@ -200,18 +92,6 @@ def parse_arguments(task_class: type[Task], argv: Sequence[str] | None = None) -
     return both.parse_args(rest, namespace=own)
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training or evaluation: a job, or one of a job array."""
-
-    name: str  # below the output folder; empty where that is its folder
-    config: DictConfig | None
-
-    def folder(self, output_dir: str) -> Path:
-        """Return the folder of the run."""
-        return Path(output_dir, self.name)
-
-
 def submit_jobs(task_class: type[Task], args: argparse.Namespace, name: str) -> int:
     """Check the job, and submit, run or show it as the arguments say.
 
@@ -235,11 +115,11 @@ def submit_jobs(task_class: type[Task], args: argparse.Namespace, name: str) -> 
     runs = [Run(name, task.config(os.path.join(output_dir, name), opts)) for name, opts in overrides.items()]
     _check_paths(task, runs, output_dir)
     if args.local:
-        return max(_run_locally(task, run, output_dir) for run in runs)
+        return _run_locally(task, runs, output_dir)
 
     partitions = _cluster_partitions(args)
     script = render(
-        task.module,
+        task.program,
         task.arguments(),
         parameters=_parameters(args, name, partitions, resumes=task.resume_code is not None, n_runs=len(runs)),
         output_dir=output_dir,
@@ -296,12 +176,13 @@ def _parameters(
 ) -> dict[str, int | str]:
     """Return what to ask of SLURM, after a check of what can be had."""
     known = partitions or {}
-    gpus = args.ngpus if args.ngpus is not None else _gpus_of_a_node(known, args.partition)
+    partition = args.partition or next((each.name for each in known.values() if each.default), None)
+    gpus = args.ngpus if args.ngpus is not None else _gpus_of_a_node(known, partition)
     minutes = args.timeout if args.time is None else cluster.parse_time(args.time)
-    limit = checks.time_limit(known, args.partition)
+    limit = checks.time_limit(known, partition)
     if limit is not None and (minutes is None or minutes > limit):
         note = "and resumed when it is over" if resumes else "and ends there"
-        _warn(f"the job is given {limit} minutes, the limit of partition {args.partition}, {note}")
+        _warn(f"the job is given {limit} minutes, the limit of partition {partition}, {note}")
         minutes = limit
 
     problems = []
@@ -309,7 +190,7 @@ def _parameters(
         problems.append(f"--nodes {args.nodes} --ngpus {gpus}: at least one node, and no negative number of GPUs")
     elif partitions is not None:
         problems += checks.resource_problems(
-            partitions, args.partition, nodes=args.nodes, gpus=gpus, cpus_per_task=args.cpus_per_task
+            partitions, partition, nodes=args.nodes, gpus=gpus, cpus_per_task=args.cpus_per_task
         )
     if resumes and minutes is not None and 60 * minutes <= args.signal_delay + 60:
         problems.append(
@@ -330,9 +211,9 @@ def _parameters(
         nodes=args.nodes,
         num_gpus_per_node=gpus,
         mem_per_gpu=args.mem_per_gpu,
-        cpus_per_task=args.cpus_per_task or checks.shared_cpus(known, args.partition, gpus),
+        cpus_per_task=args.cpus_per_task or checks.shared_cpus(known, partition, gpus),
         job_name=name,
-        partition=args.partition,
+        partition=partition,
         timeout_min=minutes,
         qos=args.qos,
         account=args.account,
@@ -386,10 +267,9 @@ def _submit(script: str, runs: Sequence[Run], output_dir: str, name: str) -> tup
             folder.mkdir(parents=True, exist_ok=True)
         for run, folder in zip(runs, folders):
             if run.config is not None:
-                _write_config(run.config, folder / "config.yaml", job_id)
+                write_config(folder, run.config, job_id)
         Path(root, JOB_FOLDER, job_id, "submit.sh").write_text(script)
-        record = _record(job_id, name, [run.folder(root) for run in runs])
-        Path(root, JOB_FOLDER, job_id, "submission.json").write_text(json.dumps(record, indent=2) + "\n")
+        write_record(Path(root, JOB_FOLDER, job_id), job_id, name, [run.folder(root) for run in runs])
         subprocess.run(["scontrol", "release", job_id], check=True, capture_output=True, text=True)
     except BaseException as error:
         subprocess.run(["scancel", job_id], check=False)
@@ -419,27 +299,6 @@ def _environment(script: str) -> dict[str, str]:
     }
 
 
-def _write_config(cfg: DictConfig, path: Path, job_id: str) -> None:
-    path.write_text(OmegaConf.to_yaml(cfg).replace(JOB_ID, job_id))
-
-
-def _record(job_id: str, name: str, run_folders: Sequence[Path]) -> dict:
-    return {
-        "job_id": job_id,
-        "name": name,
-        "submitted_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "user": getpass.getuser(),
-        "host": socket.gethostname(),
-        "cwd": os.getcwd(),
-        "command": sys.orig_argv,
-        "runs": [str(folder) for folder in run_folders],
-        "dinov2": dinov2.__version__,
-        "package_root": str(PACKAGE_ROOT),
-        "code": get_sha(),
-        "python": sys.version.split()[0],
-    }
-
-
 def _report(job_id: str, folders: Sequence[Path], output_dir: str) -> None:
     own = Path(output_dir, JOB_FOLDER, job_id)
     more = f" (and {len(folders) - 1} more)" if len(folders) > 1 else ""
@@ -459,43 +318,11 @@ def _show(script: str, runs: Sequence[Run]) -> None:
             print(OmegaConf.to_yaml(run.config).rstrip())
 
 
-# --- without SLURM --------------------------------------------------------------------------------------------------
-
-
-def _run_locally(task: Task, run: Run, output_dir: str) -> int:
-    """Run on this machine through torchrun, and return its exit code."""
-    job_id = f"local-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = run.folder(output_dir.replace(JOB_ID, job_id)) / JOB_FOLDER / job_id
-    words = [task.module, "--output-dir", str(folder.parents[1])]
-    if run.config is not None:
-        words += ["--config-file", str(folder / "config.yaml")]
-    words += [*task.first_arguments(), *task.arguments()]
-    processes = task.args.ngpus or _local_gpus()
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", f"--log-dir={folder}"]
-    command = [
-        sys.executable,
-        "-m",
-        *(launcher if processes > 1 else ()),
-        *(["--tee=3", "-m"] if processes > 1 else ()),
-    ]
-    command += words
+def _run_locally(task: Task, runs: Sequence[Run], output_dir: str) -> int:
     if task.args.dry_run:
-        _show(shlex.join(command), [run])
+        _show(f"# on this machine with {local.count_processes(task)} process(es)", runs)
         return 0
-    folder.mkdir(parents=True)
-    if run.config is not None:
-        _write_config(run.config, folder / "config.yaml", job_id)
-    record = {**_record(job_id, task.module, [folder.parents[1]]), "started": command}
-    (folder / "submission.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(f"running on this machine with {processes} process(es): {folder.parents[1]}", flush=True)
-    path = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
-
-
-def _local_gpus() -> int:
-    import torch
-
-    return max(1, torch.cuda.device_count())
+    return max(local.execute(local.prepare(task, run, output_dir)) for run in runs)
 
 
 # --- commands -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-SINFO_FORMAT = "%R|%N|%G|%c|%l"  # partition, node, generic resources, CPUs, time limit
+SINFO_FORMAT = "%P|%N|%G|%c|%l"  # partition (* for the default one), node, generic resources, CPUs, time limit
 ANSWER_TIMEOUT_S = 20  # a controller that is down can keep its clients waiting for minutes
 
 
@@ -44,6 +44,7 @@ class Partition:
     name: str
     nodes: tuple[Node, ...]
     time_limit_min: int | None  # None: unlimited
+    default: bool = False  # whether it takes the jobs that name no partition
 
     @property
     def max_gpus(self) -> int:
@@ -73,9 +74,10 @@ def parse_sinfo(text: str) -> dict[str, Partition]:
         if len(fields) != SINFO_FORMAT.count("|") + 1:
             raise ValueError(f"sinfo answered {line!r}, which is not of the form {SINFO_FORMAT}")
         name, node, gres, cpus, limit = fields
-        known = partitions.get(name, Partition(name, (), parse_time(limit)))
-        nodes = (*known.nodes, Node(node, parse_gres_gpus(gres), int(cpus.rstrip("+"))))
-        partitions[name] = Partition(name, nodes, known.time_limit_min)
+        nodes = (Node(node, parse_gres_gpus(gres), int(cpus.rstrip("+"))),)
+        is_default, name = name.endswith("*"), name.rstrip("*")
+        nodes = (*partitions[name].nodes, *nodes) if name in partitions else nodes
+        partitions[name] = Partition(name, nodes, parse_time(limit), is_default)
     return partitions
 
 

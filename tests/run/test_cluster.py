@@ -48,9 +48,9 @@ def test_a_time_that_slurm_does_not_know_is_refused():
 
 
 def test_the_nodes_of_a_partition_come_from_one_line_each():
-    text = "hard|n1|gpu:2|16|1-00:00:00\nhard|n2|(null)|32+|1-00:00:00\nlong|n1|gpu:2|16|infinite\n"
+    text = "hard*|n1|gpu:2|16|1-00:00:00\nhard*|n2|(null)|32+|1-00:00:00\nlong|n1|gpu:2|16|infinite\n"
     assert parse_sinfo(text) == {
-        "hard": Partition("hard", (Node("n1", 2, 16), Node("n2", 0, 32)), 1440),
+        "hard": Partition("hard", (Node("n1", 2, 16), Node("n2", 0, 32)), 1440, default=True),
         "long": Partition("long", (Node("n1", 2, 16),), None),
     }
 

@@ -3,12 +3,12 @@ import sys
 
 import pytest
 
-from dinov2.run.script import render
+from dinov2.run.script import PACKAGE_ROOT, render
 
 
 def lines(**options):
     defaults = {"parameters": {"nodes": 1, "tasks_per_node": 2, "timeout_min": 60}, "output_dir": "/out"}
-    return render("dinov2.train.train", options.pop("arguments", []), **defaults | options).splitlines()
+    return render("dinov2/train/train.py", options.pop("arguments", []), **defaults | options).splitlines()
 
 
 def test_resources_become_directives():
@@ -52,7 +52,8 @@ def test_only_a_task_that_can_resume_goes_back_to_the_queue():
 
 
 def test_the_module_is_started_with_the_python_that_submitted_it():
-    script = lines(arguments=["--eval-only"], resume_code=None)
+    script = lines(arguments=["--eval-only"])
+    program = f"{sys.executable} {PACKAGE_ROOT}/dinov2/train/train.py"
     assert script[script.index("code=$?") - 1].strip() == (
-        f'{sys.executable} -m dinov2.train.train --output-dir "$run" --config-file "$job/config.yaml" --eval-only'
+        f'{program} --output-dir "$run" --config-file "$job/config.yaml" --eval-only'
     )

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from dinov2.run import submit
-from dinov2.run.submit import Task, command_line, folders, parse_arguments
+from dinov2.run.submit import parse_arguments
+from dinov2.run.task import Task, command_line, folders
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -38,7 +39,7 @@ def program_parser(add_help: bool = True) -> argparse.ArgumentParser:
 class Program(Task):
     """A program to start."""
 
-    module = "program"
+    program = "program.py"
     get_args_parser = staticmethod(program_parser)
     data_arguments = ("data",)
 

@@ -8,13 +8,14 @@ if __package__ in (None, ""):  # run by path: import from the clone, and nothing
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 from dinov2.eval.cross_validation import get_args_parser
-from dinov2.run.submit import Task, run_command
+from dinov2.run.submit import run_command
+from dinov2.run.task import Task
 
 
 class Evaluator(Task):
     """The report on labelled images as a job."""
 
-    module = "dinov2.eval.cross_validation"
+    program = "dinov2/eval/cross_validation.py"
     get_args_parser = staticmethod(get_args_parser)
     data_arguments = ("data", "test")
 

@@ -12,14 +12,15 @@ if __package__ in (None, ""):  # run by path: import from the clone, and nothing
 
 from omegaconf import DictConfig
 
-from dinov2.run.submit import Task, folders, run_command
+from dinov2.run.submit import run_command
+from dinov2.run.task import Task, folders
 from dinov2.train.train import EXIT_INTERRUPTED, get_args_parser
 
 
 class Trainer(Task):
     """Training as a job: it resumes by itself after a preemption or at its time limit."""
 
-    module = "dinov2.train.train"
+    program = "dinov2/train/train.py"
     get_args_parser = staticmethod(get_args_parser)
     for_training = True
     resume_code = EXIT_INTERRUPTED
