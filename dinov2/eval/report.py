@@ -478,7 +478,7 @@ def confusion_figure(confusion: np.ndarray, classes: Sequence[str], title: str):
 def reliability_figure(scored: Sequence[Scored], names: Mapping[str, str], title: str):
     """Accuracy against confidence, before and after temperature scaling, and how often each confidence occurs."""
     figure = new_figure(max(2.7 * len(scored), 4.5), 4.4)
-    axes = figure.subplots(2, len(scored), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 1])
+    axes = figure.subplots(2, len(scored), sharex=True, squeeze=False, height_ratios=[3, 1])
     edges = np.linspace(0, 1, BINS + 1)
     for (upper, lower), s in zip(axes.T, scored):
         o = s.outcome
@@ -494,13 +494,14 @@ def reliability_figure(scored: Sequence[Scored], names: Mapping[str, str], title
             style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.5, "label": label}
             upper.plot(bins.confidence[kept], bins.accuracy[kept], clip_on=False, **style)
             lower.stairs(bins.count / bins.count.sum(), edges, color=colour, linewidth=1.5)
-        upper.set(xlim=(0, 1), ylim=(0, 1))
+        upper.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=np.linspace(0, 1, 6))
+        lower.set_ylim(bottom=0)
         upper.set_title(f"{names[o.method]}\nECE {errors[0]:.3f} → {errors[1]:.3f}", fontsize=9)
         lower.set_xlabel("confidence")
         for ax in (upper, lower):
             ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("accuracy")
-    axes[1, 0].set_ylabel("share of images")
+    axes[1, 0].set_ylabel("share")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=10)

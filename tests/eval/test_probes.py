@@ -58,7 +58,7 @@ def test_a_query_of_the_bank_is_not_its_own_neighbour_even_when_it_has_a_twin():
     bank = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [1, 0], [1, 0.1], [0, 1]]), dim=1)
     _, rows = nearest_neighbours(bank, bank, 2, exclude_self=True)
     assert all(i not in found for i, found in enumerate(rows.tolist()))
-    assert rows[:3].tolist() == [[1, 2], [0, 2], [0, 1]] or rows[2].tolist() in ([0, 1], [1, 0])
+    assert sorted(rows[2].tolist()) == [0, 1]
 
 
 def test_votes_of_fewer_neighbours_keep_their_share_of_all():
@@ -108,12 +108,12 @@ def test_the_optimum_is_the_same_with_more_columns_than_rows_and_with_repeated_c
 
 def test_the_gradient_is_zero_at_the_optimum_of_features_of_very_different_scales():
     x, y = blobs(200, seed=1)
-    x = x * np.logspace(-2, 3, x.shape[1]) + 1e4
-    model = fit_softmax_regression(x, y, 5, C=100.0)
+    x = x.astype(np.float64) * np.logspace(-2, 3, x.shape[1]) + 1e4
+    model = fit_softmax_regression(x, y, 5)
     error = (model.predict_proba(x) - torch.nn.functional.one_hot(torch.from_numpy(y), 5)).T
-    gradient = 100 * error @ torch.from_numpy(x - x.mean(axis=0)) + model.weight
-    curvature = torch.from_numpy(x.var(axis=0) / 2 + 1 / (100 * len(x)))  # the bound, of data term and penalty
-    assert (gradient.abs() / (100 * len(x)) / curvature.sqrt()).max() < 1e-4
+    gradient = error @ torch.from_numpy(x - x.mean(axis=0)) + model.weight
+    curvature = torch.from_numpy(x.var(axis=0) / 2 + 1 / len(x))  # the bound, of data term and penalty
+    assert (gradient.abs() / len(x) / curvature.sqrt()).max() < 1e-4
     assert error.sum(dim=1).abs().max() / len(x) < 1e-5
 
 
