@@ -6,14 +6,17 @@ A configuration is an OmegaConf `DictConfig` everywhere; the schema and the chec
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from dinov2.configs.checks import ConfigError, check, find_advice, find_problems, merge_strictly, read_overrides
+from dinov2.configs.schema import walk
 
 __all__ = [
     "ConfigError",
+    "changes",
     "check",
     "dinov2_default_config",
     "find_advice",
@@ -78,3 +81,9 @@ def load_and_merge_config(config_name: str | Path, overrides: Iterable[str] = ()
     """
     layers = ((str(config_name), load_config(config_name)), ("command line", read_overrides(overrides)))
     return merge_strictly(dinov2_default_config, *layers)[0]
+
+
+def changes(cfg: DictConfig) -> dict[str, Any]:
+    """Return the keys, in dotted form, and values in which a configuration differs from the defaults."""
+    values = ((key, OmegaConf.select(cfg, key)) for key, _ in walk())
+    return {key: value for key, value in values if value != OmegaConf.select(dinov2_default_config, key)}

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinov2 import distributed
 from dinov2.configs import (
+    changes,
     check,
     dinov2_default_config,
     find_advice,
@@ -46,11 +47,11 @@ def apply_scaling_rules_to_cfg(cfg: DictConfig) -> DictConfig:
 
 
 def write_config(cfg: DictConfig, output_dir: str | Path, name: str = "config.yaml") -> str:
-    """Log the configuration, write it to a file, and return that file's path."""
-    text = OmegaConf.to_yaml(cfg)
-    logger.info("configuration:\n%s", text)
+    """Write the configuration to a file, log what differs from the defaults, and return that file's path."""
     path = Path(output_dir) / name
-    path.write_text(text)
+    path.write_text(OmegaConf.to_yaml(cfg))
+    differing = "".join(f"\n  {key}={value}" for key, value in changes(cfg).items())
+    logger.info("wrote %s: the defaults, but for%s", path, differing or " nothing")
     return str(path)
 
 

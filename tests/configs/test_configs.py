@@ -6,6 +6,7 @@ from omegaconf import OmegaConf
 
 from dinov2.configs import (
     ConfigError,
+    changes,
     dinov2_default_config,
     find_problems,
     load_and_merge_config,
@@ -107,6 +108,14 @@ def test_a_file_that_is_no_config_is_refused_by_name(text, tmp_path):
 def test_merging_leaves_the_defaults_as_they_are():
     load_and_merge_config("train/vitl14", ["train.seed=3"])
     assert dinov2_default_config.train.seed == 0
+
+
+def test_the_changes_are_what_a_file_and_overrides_said():
+    assert changes(dinov2_default_config) == {}
+    assert changes(load_and_merge_config("train/vitl16_short", ["train.seed=3", "train.frac=0.1"])) == {
+        "student.block_chunks": 4,
+        "train.seed": 3,
+    }
 
 
 def test_the_depths_in_the_checks_are_those_of_the_models():

@@ -96,7 +96,10 @@ def test_setup_writes_config_and_log_and_sets_the_learning_rate(tmp_path, quiet_
     assert cfg.optim.lr == pytest.approx(0.002)
     assert args.output_dir == cfg.train.output_dir == str(tmp_path / "out")
     assert OmegaConf.load(tmp_path / "out" / "config.yaml") == cfg
-    assert "sqrt_wrt_1024" in (tmp_path / "out" / "logs" / "log.txt").read_text()
+    log = (tmp_path / "out" / "logs" / "log.txt").read_text()
+    assert "\n  train.seed=11\n" in log
+    assert "\n  optim.lr=0.002" in log
+    assert "optim.epochs" not in log
     torch.manual_seed(11)
     assert torch.equal(torch.rand(1), first)
 
