@@ -13,6 +13,7 @@ from .loaders import (
     resolve_num_workers,
 )
 from .masking import MaskingGenerator
+from .multicrop import MultiCropLoader
 
 __all__ = [
     "Batch",
@@ -21,6 +22,7 @@ __all__ = [
     "ImageDataset",
     "LabelledDataset",
     "MaskingGenerator",
+    "MultiCropLoader",
     "SamplerType",
     "UnreadableImage",
     "collate_data_and_cast",

@@ -110,9 +110,11 @@ class DataAugmentationDINO:
         ]
         self._views = np.array([tuple(view[name] for name in kernels.VIEW.names) for view in views], dtype=kernels.VIEW)
         self._check()
-        # A level v of 0..255 becomes (v / 255 - mean) / std.
-        self.scale = (1 / (255 * self.std)).astype(np.float32)
-        self.offset = (-self.mean / self.std).astype(np.float32)
+
+    @property
+    def levels(self) -> tuple[np.ndarray, np.ndarray]:
+        """Per channel the float32 factor and summand that turn a level `v` of 0..255 into `(v / 255 - mean) / std`."""
+        return (1 / (255 * self.std)).astype(np.float32), (-self.mean / self.std).astype(np.float32)
 
     def _check(self) -> None:
         for name in ("global_crops_size", "local_crops_size"):
@@ -211,7 +213,7 @@ class CropRenderer:
             raise ValueError(f"crops can be {', '.join(map(str, _ENCODINGS))}; got {global_crops.dtype}")
         self._images = len(global_crops) // 2
         self._encoding = _ENCODINGS[global_crops.dtype]
-        self._levels = augmentation.scale, augmentation.offset
+        self._levels = augmentation.levels
         self._resized = UintCrops.empty(augmentation, images=1)
         self._targets = [_as_bits(crops) for crops in (global_crops, local_crops)]
 

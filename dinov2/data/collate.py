@@ -54,11 +54,9 @@ def draw_masks(
     """
     draws = rng or random
     extra = {} if rng is None else {"rng": rng}
-    n_masked_crops = int(n_crops * mask_probability)
-    bounds = torch.linspace(*mask_ratio_tuple, n_masked_crops + 1).numpy()
+    bounds = _ratio_bounds(n_crops, mask_ratio_tuple, mask_probability)
     counts = [int(n_tokens * draws.uniform(low, high)) for low, high in pairwise(bounds)]
-    upperbound = sum(int(n_tokens * high) for high in bounds[1:])
-    counts += [0] * (n_crops - n_masked_crops)
+    counts += [0] * (n_crops - len(counts))
     masks = [mask_generator(count, **extra).reshape(-1) for count in counts]
     draws.shuffle(masks)
 
@@ -70,9 +68,18 @@ def draw_masks(
         "collated_masks": torch.from_numpy(stacked),
         "mask_indices_list": torch.from_numpy(flat_indices),
         "masks_weight": torch.from_numpy(weights),
-        "upperbound": upperbound,
+        "upperbound": mask_upperbound(n_crops, n_tokens, mask_ratio_tuple, mask_probability),
         "n_masked_patches": torch.full((1,), len(flat_indices), dtype=torch.long),
     }
+
+
+def mask_upperbound(n_crops: int, n_tokens: int, mask_ratio_tuple: tuple[float, float], mask_probability: float) -> int:
+    """Most patches that `draw_masks` ever masks."""
+    return sum(int(n_tokens * high) for high in _ratio_bounds(n_crops, mask_ratio_tuple, mask_probability)[1:])
+
+
+def _ratio_bounds(n_crops: int, mask_ratio_tuple: tuple[float, float], mask_probability: float) -> np.ndarray:
+    return torch.linspace(*mask_ratio_tuple, int(n_crops * mask_probability) + 1).numpy()
 
 
 def collate_data_and_cast(

@@ -6,7 +6,7 @@ advanced by `n` goes on exactly where one that gave `n` elements stopped, howeve
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -229,6 +229,46 @@ class PermutedStream:
         for key in keys:
             left, right = right, left ^ (_mix(right ^ key) & mask)
         return (left << self._half_bits) | right
+
+
+class WeightedStream:
+    """An endless shuffled stream over several spans of samples, each drawn as often as its weight says.
+
+    A sample of weight 2 comes twice as often as one of weight 1. The spans alternate in one fixed pattern; within a
+    span every sample comes once before any comes again. Random access and constant memory as in `PermutedStream`.
+
+    Args:
+        spans: first sample, one after the last, and weight of each span.
+        seed: of the pattern and of the orders.
+    """
+
+    _PATTERN = 4096  # positions; shares of spans are rounded to multiples of 1 / 4096
+
+    def __init__(self, spans: Sequence[tuple[int, int, float]], seed: int):
+        self._starts = np.array([start for start, _, _ in spans])
+        mass = np.array([(stop - start) * weight for start, stop, weight in spans])
+        bounds = np.rint(np.cumsum([0, *mass]) / mass.sum() * self._PATTERN).astype(int)
+        if (np.diff(bounds) < 1).any():
+            raise ValueError(
+                f"a source has less than 1 / {self._PATTERN} of all draws; raise its weight or leave it out"
+            )
+        self._per_pattern = np.diff(bounds)
+        spans_in_order = np.repeat(np.arange(len(spans)), self._per_pattern)
+        self._pattern = spans_in_order[PermutedStream(self._PATTERN, seed)[np.arange(self._PATTERN)]]
+        self._before = np.array([(self._pattern[:i] == span).sum() for i, span in enumerate(self._pattern)])
+        self._streams = [
+            PermutedStream(stop - start, seed + number + 1) for number, (start, stop, _) in enumerate(spans)
+        ]
+
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        """Sample indices at stream positions, both int64 arrays of one shape."""
+        rounds, offsets = np.divmod(np.asarray(positions, dtype=np.int64), self._PATTERN)
+        spans = self._pattern[offsets]
+        ordinals = rounds * self._per_pattern[spans] + self._before[offsets]
+        samples = np.empty_like(ordinals)
+        for span, (start, stream) in enumerate(zip(self._starts, self._streams)):
+            samples[spans == span] = start + stream[ordinals[spans == span]]
+        return samples
 
 
 def _mix(words: np.ndarray) -> np.ndarray:

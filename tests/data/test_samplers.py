@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinov2.data.samplers import EpochSampler, InfiniteSampler, PermutedStream, ShardedInfiniteSampler
+from dinov2.data.samplers import EpochSampler, InfiniteSampler, PermutedStream, ShardedInfiniteSampler, WeightedStream
 
 INFINITE = [
     lambda **kw: InfiniteSampler(shuffle=True, **kw),
@@ -122,3 +122,17 @@ def test_a_permutation_of_a_hundred_million_needs_no_memory_for_it():
     assert drawn.max() < 100_000_000
     assert len(np.unique(drawn)) == 100_000
     assert abs(drawn.mean() / 1e8 - 0.5) < 0.005
+
+
+def test_a_weighted_stream_visits_every_sample_of_a_span_before_any_again():
+    stream = WeightedStream([(0, 100, 1.0), (100, 120, 5.0)], seed=2)
+    drawn = stream[np.arange(8000)]
+    second = drawn[drawn >= 100]
+    assert abs(len(second) / 8000 - 0.5) < 0.01
+    assert (np.sort(second[:200].reshape(10, 20), axis=1) == np.arange(100, 120)).all()
+    assert np.array_equal(stream[np.array([7000, 5])], drawn[[7000, 5]])
+
+
+def test_a_source_that_would_hardly_ever_be_drawn_is_refused():
+    with pytest.raises(ValueError, match="raise its weight"):
+        WeightedStream([(0, 1_000_000, 1.0), (1_000_000, 1_000_001, 1.0)], seed=0)
