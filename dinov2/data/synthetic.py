@@ -1,7 +1,7 @@
 """Draw plausible stained blood cells with labels: the embedded data of `make demo`, the tests and the notebooks.
 
 A picture is made as a microscope makes it. Cells are maps of stain concentration (nuclear purple, eosin, azure blue,
-haemoglobin) drawn in micrometres on a supersampled canvas; light passing through them is dimmed by the Beer-Lambert law
+haemoglobin) drawn in micrometres and supersampled; light passing through them is dimmed by the Beer-Lambert law
 with the absorption of each stain, which differs a little between images and a lot between sources; lamp, focus, sensor
 noise and JPEG follow. Shape, not colour, tells the classes apart: nucleus, granules, size, nucleus against cytoplasm.
 
@@ -417,10 +417,24 @@ def _scatter_inside(rng: np.random.Generator, mask: np.ndarray, count: int) -> n
     return np.stack([columns, rows], axis=1) - (len(mask) - 1) / 2
 
 
-def _draw_body(rng: np.random.Generator, kind: CellType, scale: float) -> tuple[np.ndarray, np.ndarray]:
+def _draw_body(
+    rng: np.random.Generator, kind: CellType, scale: float, supersampling: int
+) -> tuple[np.ndarray, np.ndarray]:
     """One cell: its stains (4, side, side) and the mask of its body, `scale` in pixels per micrometre."""
+    stains, body = _draw_large_body(rng, kind, scale * supersampling, supersampling)
+    if supersampling == 1:
+        return stains, body
+    side = len(body) // supersampling
+    shrink = partial(cv2.resize, dsize=(side, side), interpolation=cv2.INTER_AREA)
+    return np.stack([shrink(stain) for stain in stains]), shrink(body)
+
+
+def _draw_large_body(
+    rng: np.random.Generator, kind: CellType, scale: float, multiple: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`_draw_body` before it is shrunk, on a patch whose side is a multiple of `multiple`."""
     radius = rng.uniform(*kind.diameter) / 2 * scale
-    side = int(2 * radius * 1.5) + 8
+    side = (int(2 * radius * 1.35) + 8) // multiple * multiple
     body = _fill(side, _outline(rng, radius, 1 + rng.uniform(0, 0.12), kind.wobble))
     body = _rounded(body, 0.12 * scale + 0.5)
     stains = np.zeros((4, side, side), np.float32)
@@ -475,7 +489,7 @@ def _draw_red_cell(rng: np.random.Generator, radius: float, pallor: float) -> np
     dents = (bend[0] * (x * x - y * y) + 2 * bend[1] * x * y) / square
     dents += (bend[2] * x * (x * x - 3 * y * y) + bend[3] * y * (3 * x * x - y * y)) / (square * np.sqrt(square))
     distance = np.sqrt(square) * (1 + dents)
-    edge = np.clip((1 - distance) * radius / 2.5 + 0.5, 0, 1)
+    edge = np.clip((1 - distance) * radius / 1.5 + 0.5, 0, 1)
     width = rng.uniform(0.35, 0.55)
     hollow = 1 / (1 + np.exp(np.clip((distance - width) * rng.uniform(8, 16), -30, 30)))
     return edge * (0.75 + 0.3 * distance) * (1 - pallor * hollow)
@@ -516,29 +530,29 @@ def _draw_red_cells(
         _paste(stains[HAEM], tone * rng.normal(1, 0.05) * _draw_red_cell(rng, radius, hollow), (x, y))
 
 
-def _draw_smear(rng: np.random.Generator, cell_class: str, canvas: int, scale: float) -> np.ndarray:
-    """Stain maps (4, canvas, canvas) of a field with the named cell near its middle."""
-    kind = _CELL_TYPES[cell_class]
-    patch, body = _draw_body(rng, kind, scale)
-    middle = tuple((canvas / 2 + rng.normal(0, 0.9 * scale, 2)).tolist())
-    stains = np.zeros((4, canvas, canvas), np.float32)
+def _draw_smear(rng: np.random.Generator, cell_class: str, size: int, scale: float) -> np.ndarray:
+    """Stain maps (4, size, size) of a field with the named cell near its middle."""
+    supersampling = max(1, min(3, round(256 / size)))  # where pixels are coarse
+    patch, body = _draw_body(rng, _CELL_TYPES[cell_class], scale, supersampling)
+    middle = tuple((size / 2 + rng.normal(0, 0.9 * scale, 2)).tolist())
+    stains = np.zeros((4, size, size), np.float32)
     _draw_red_cells(rng, stains, scale, middle, math.sqrt(float(body.sum()) / math.pi))
     stains[HAEM] = _blur(stains[HAEM], rng.uniform(0.08, 0.25) * scale)
     for _ in range(rng.poisson(0.4)):  # platelets lie about in every smear
-        other, cover = _draw_body(rng, _CELL_TYPES["platelet"], scale)
-        angle, far = rng.uniform(0, 2 * np.pi), rng.uniform(0.3, 0.6) * canvas
+        other, cover = _draw_body(rng, _CELL_TYPES["platelet"], scale, supersampling)
+        angle, far = rng.uniform(0, 2 * np.pi), rng.uniform(0.3, 0.6) * size
         spot = (middle[0] + far * math.cos(angle), middle[1] + far * math.sin(angle))
         _paste(stains, other, spot, cover)
     _paste(stains, patch, middle, body)
     return stains
 
 
-def _expose(rng: np.random.Generator, stains: np.ndarray, look: Look, size: int) -> np.ndarray:
-    """Light through the stains, lamp, lens and sensor: (4, canvas, canvas) -> uint8 (size, size, 3)."""
-    stains = cv2.resize(np.moveaxis(stains, 0, -1), (size, size), interpolation=cv2.INTER_AREA)
+def _expose(rng: np.random.Generator, stains: np.ndarray, look: Look) -> np.ndarray:
+    """Light through the stains, lamp, lens and sensor: (4, size, size) -> uint8 (size, size, 3)."""
+    size = stains.shape[-1]
     absorption = _ABSORPTION * np.asarray(look.tint, np.float32)
     absorption = absorption * rng.normal(1, 0.06, (4, 3)) * rng.normal(1, 0.09, (4, 1)) * rng.uniform(*look.strength)
-    light = np.exp(-stains.reshape(-1, 4) @ absorption.astype(np.float32)).reshape(size, size, 3)
+    light = np.exp(-np.einsum("shw,sc->hwc", stains, absorption.astype(np.float32)))
 
     background = np.asarray(look.background, np.float32) * (1 + rng.normal(0, 0.012, 3)) * rng.normal(1, 0.015)
     axis = np.linspace(-1, 1, size, dtype=np.float32)
@@ -572,9 +586,8 @@ def draw_cell(rng: np.random.Generator, cell_class: str, source: int = 0, size: 
     if size < 32:
         raise ValueError(f"size must be at least 32 pixels, got {size}")
     look = look_of(source)
-    canvas = max(size, min(3 * size, 256))  # supersampled two- or threefold where pixels are coarse
-    field = look.field * rng.uniform(0.94, 1.06)
-    return _expose(rng, _draw_smear(rng, cell_class, canvas, canvas / field), look, size)
+    scale = size / (look.field * rng.uniform(0.94, 1.06))
+    return _expose(rng, _draw_smear(rng, cell_class, size, scale), look)
 
 
 # --------------------------------------------------------------------------------------------------------------------
