@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dinov2.data import DataAugmentationDINO, ImageDataset, MaskingGenerator, MultiCropLoader, make_custom_dataset
+from dinov2.data.cache import cache_decoded
 from dinov2.data.collate import Batch
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process
 from dinov2.train.schedules import total_iterations
@@ -63,8 +64,11 @@ class TrainBatches:
         self.steps = cfg.train.gradient_accumulation_steps
         side = cfg.crops.global_crops_size // cfg.student.patch_size
         n_tokens = side**2
+        images = dataset
+        if cfg.train.cache_dataset:
+            images = cache_decoded(dataset, cfg.train.cache_max_gb, cfg.train.cache_dir or None)
         self.loader = MultiCropLoader(
-            dataset,
+            images,
             build_augmentation(cfg),
             batch_size=cfg.train.batch_size_per_gpu,
             mask_generator=MaskingGenerator(input_size=(side, side), max_num_patches=0.5 * n_tokens),
@@ -80,18 +84,13 @@ class TrainBatches:
             pin_memory=device.type == "cuda",
             augment_on=cfg.train.augment_on,
             max_unreadable_share=cfg.train.max_unreadable_share,
+            hold=self.steps,
         )
 
     def __iter__(self) -> Iterator[list[Batch]]:
         batches = iter(self.loader)
         while True:
-            yield [self._to_device(next(batches)) for _ in range(self.steps)]
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return {
-            key: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for key, value in batch.items()
-        }
+            yield [self.loader.to_device(next(batches), self.device) for _ in range(self.steps)]
 
 
 def describe_data(cfg: Any, dataset: ImageDataset) -> None:
