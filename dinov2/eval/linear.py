@@ -211,7 +211,7 @@ class TrainingStream(Dataset):
     def __getitem__(self, position: int) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((self.seed << 40) + position)
-            return self.dataset[int(self.order[np.asarray(position)])]
+            return self.dataset[int(self.order[np.array([position])][0])]
 
 
 class PositionsOfRank:

@@ -99,7 +99,7 @@ class LoadedModel(NamedTuple):
 def load_model(weights: str | Path) -> LoadedModel:
     """A backbone from its weights alone: a file in any known layout, a Hugging Face folder, or a model's name."""
     file = read_state_dict(weights)
-    tensors = backbone_state_dict(file.state_dict, "teacher")
+    tensors = backbone_state_dict(file.state_dict)
     described = file.config or {}
     options = described.get("model") or infer_architecture(tensors)
     backbone = build_backbone(options)
