@@ -64,7 +64,7 @@ class Source:
 
     kind: str  # "folder", "manifest" or "shards"
     paths: tuple[str, ...]
-    weight: float = 1.0  # relative share of this source in sampling
+    weight: float = 1.0  # how often each of its images is drawn, relative to those of other sources
 
     def __str__(self) -> str:
         return self.paths[0] if len(self.paths) == 1 else f"{self.paths[0]} … ({len(self.paths)} shards)"
@@ -157,6 +157,7 @@ class Index:
         self._root = os.fsencode(self.root)
         self._reader = _map_arrow(os.path.join(self.folder, "files.arrow"))
         self._batches = [self._reader.get_batch(i) for i in range(self._reader.num_record_batches)]
+        self._codes, self._names = ([batch.column(column) for batch in self._batches] for column in (0, 1))
         self._directories = _map_arrow(os.path.join(self.folder, "directories.arrow")).read_all()
         self._directory_paths = self._directories.column("path").combine_chunks()
         self._in_shards = "offset" in self.columns
@@ -201,9 +202,9 @@ class Index:
         """Return the content of an image file; raises UnreadableImage where the system refuses."""
         if not self._in_shards:
             return read_bytes(self.path(row))
-        batch, row_in_batch = self._batches[row // _ROWS_PER_BATCH], row % _ROWS_PER_BATCH
-        shard = os.path.join(self._root, self._directory_paths[batch.column(0)[row_in_batch].as_py()].as_py())
-        offset, size = (batch.column(name)[row_in_batch].as_py() for name in ("offset", "size"))
+        batch, place = divmod(row, _ROWS_PER_BATCH)
+        shard = os.path.join(self._root, self._directory_paths[self._codes[batch][place].as_py()].as_py())
+        offset, size = (self._batches[batch].column(name)[place].as_py() for name in ("offset", "size"))
         try:
             with open(shard, "rb", buffering=0) as file:
                 content = os.pread(file.fileno(), size, offset)
@@ -274,8 +275,9 @@ class Index:
     def _relative(self, row: int) -> bytes:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of an index of {len(self)} images")
-        batch, row = self._batches[row // _ROWS_PER_BATCH], row % _ROWS_PER_BATCH
-        return os.path.join(self._directory_paths[batch.column(0)[row].as_py()].as_py(), batch.column(1)[row].as_py())
+        batch, place = divmod(row, _ROWS_PER_BATCH)
+        directory = self._directory_paths[self._codes[batch][place].as_py()].as_py()
+        return os.path.join(directory, self._names[batch][place].as_py())
 
 
 def _map_arrow(path: str) -> pa.ipc.RecordBatchFileReader:
