@@ -161,6 +161,7 @@ class MultiCropLoader:
                 num_workers=self.num_workers,
                 prefetch_factor=self._ahead if self.num_workers else None,
                 collate_fn=_unchanged,
+                generator=torch.Generator(),  # or it would draw from the random state that a resumed run has restored
             )
         )
         pinned = [_pin(slot) for slot in self._maker.slots] if self._pin_memory else []

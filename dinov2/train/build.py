@@ -19,21 +19,15 @@ from dinov2.utils.config import get_effective_batch_size
 logger = logging.getLogger("dinov2")
 
 
-def build_train_dataset(cfg: Any, *, held_out: bool = False) -> ImageDataset:
-    """The training part of the images of `train.dataset_path`, or the part that is held out of training."""
+def build_train_dataset(cfg: Any) -> ImageDataset:
+    """The images of `train.dataset_path`, less those held out."""
     return make_custom_dataset(
         cfg.train.dataset_path,
         path_preserved=cfg.train.path_preserved,
         frac=cfg.train.frac,
-        is_valid=not held_out,
         exclude=cfg.train.exclude,
         cache_dir=cfg.train.cache_dir,
     )
-
-
-def build_held_out_dataset(cfg: Any, dataset: ImageDataset) -> ImageDataset | None:
-    """The images held out of `dataset`, None if there are none."""
-    return build_train_dataset(cfg, held_out=True) if len(dataset.preserved_images) else None
 
 
 def build_augmentation(cfg: Any) -> DataAugmentationDINO:

@@ -24,7 +24,6 @@ from dinov2.logging import MetricLogger
 from dinov2.models.weights import save_backbone
 from dinov2.train.build import (
     TrainBatches,
-    build_held_out_dataset,
     build_train_dataset,
     describe_data,
 )
@@ -132,7 +131,7 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, fl
     describe_data(cfg, dataset)
     start, stop = resume_or_start(cfg, checkpointer, resume), total_iterations(cfg)
     batches = TrainBatches(cfg, dataset, device=model.device, start_iteration=start)
-    health = HealthMonitor(cfg, device=model.device, held_out=build_held_out_dataset(cfg, dataset))
+    health = HealthMonitor(cfg, device=model.device, held_out=dataset.preserved_images)
     metrics = build_metric_logger(cfg)
     watch = StepWatch(model.device)
     if start == 0:
@@ -335,7 +334,7 @@ def export_checkpoint(cfg: Any, model: SSLMetaArch, checkpoint: str = "") -> Non
         raise CheckpointError(f"no checkpoint in {checkpointer.save_dir}; train first, or name one with --eval")
     done = checkpointer.load(found)["iteration"]
     dataset = build_train_dataset(cfg)
-    health = HealthMonitor(cfg, device=model.device, held_out=build_held_out_dataset(cfg, dataset))
+    health = HealthMonitor(cfg, device=model.device, held_out=dataset.preserved_images)
     do_test(cfg, model, done)
     report_health(cfg, model, health, build_metric_logger(cfg), done)
 
