@@ -70,7 +70,7 @@ backbone = utils.ModelWithIntermediateLayers(vit, 4, partial(utils.autocast, tor
 tokens = backbone(Pictures(2, 3)[0][0][None])
 torch.manual_seed(0)
 batch = 8 // world
-grid, groups = linear.setup_linear_classifiers(tokens, [1, 4], [1e-3, 1e-2], batch, num_classes=5)
+grid, groups = linear.setup_linear_classifiers(tokens, [1, 4], [1.0, 4.0], batch, num_classes=5)
 optimizer = torch.optim.SGD(groups, momentum=0.9)
 folder = tempfile.mkdtemp()
 outcome, *_ = linear.eval_linear(
