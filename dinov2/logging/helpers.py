@@ -7,7 +7,7 @@ import datetime
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -177,6 +177,7 @@ class MetricLogger:
         header: str | None = None,
         n_iterations: int | None = None,
         start_iteration: int = 0,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[T]:
         """Yield items for iterations `start_iteration` to `n_iterations` - 1, and report along the way.
 
@@ -189,6 +190,7 @@ class MetricLogger:
             header: what the line starts with.
             n_iterations: iterations of the whole run; by default as long as the iterable.
             start_iteration: the number of the first iteration.
+            should_stop: asked after each iteration; the one after which it says yes is reported, and is the last.
 
         Raises:
             ValueError: no `n_iterations`, and the iterable does not know its length.
@@ -210,8 +212,11 @@ class MetricLogger:
             clock.data_arrived()
             yield item
             clock.stop()
-            if iteration % print_freq == 0 or iteration == n_iterations - 1:
+            last = iteration == n_iterations - 1 or should_stop()
+            if last or iteration % print_freq == 0:
                 self._report(header or "", iteration, n_iterations, clock)
+            if last:
+                break
         clock.log_total(header or "")
 
     def _open_tensorboard(self, start_iteration: int) -> None:

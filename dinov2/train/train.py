@@ -134,11 +134,14 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, fl
     health = HealthMonitor(cfg, device=model.device, held_out=dataset.preserved_images)
     metrics = build_metric_logger(cfg)
     watch = StepWatch(model.device)
+    interrupted = False
     if start == 0:
         report_health(cfg, model, health, metrics, iteration=0)
 
     with stop_on_signal() as stop_request:
-        steps = metrics.log_every(batches, cfg.train.log_period, "Training", stop, start)
+        steps = metrics.log_every(
+            batches, cfg.train.log_period, "Training", stop, start, should_stop=lambda: watch.stop_agreed
+        )
         for iteration, images in enumerate(steps, start=start):
             now = schedules.at(iteration)
             apply_optim_scheduler(optimizer, now.lr, now.weight_decay, now.last_layer_lr)
@@ -153,16 +156,16 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, fl
             metrics.update(total_loss=sum(losses.values()), **losses, **grad_norms, **schedule_metrics(now))
 
             done = iteration + 1
-            if watch.stop_agreed or is_due(done, checkpoint_period(cfg), last=stop):
+            interrupted = watch.stop_agreed and done < stop
+            if interrupted or is_due(done, checkpoint_period(cfg), last=stop):
                 save(cfg, checkpointer, model, done)
-            if watch.stop_agreed and done < stop:
-                checkpointer.wait()
-                raise TrainingInterrupted(f"stopped after {done} of {stop} iterations, as a signal asked; all is saved")
-            if is_due(done, cfg.evaluation.eval_period_iterations, last=stop):
+            if not interrupted and is_due(done, cfg.evaluation.eval_period_iterations, last=stop):
                 do_test(cfg, model, done)
                 report_health(cfg, model, health, metrics, iteration=done)
     watch.finish()
     checkpointer.wait()
+    if interrupted:
+        raise TrainingInterrupted(f"stopped after {done} of {stop} iterations, as a signal asked; all is saved")
     return {name: meter.global_avg for name, meter in metrics.meters.items()}
 
 
