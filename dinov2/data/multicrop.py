@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dinov2.distributed import get_local_size
 
 from . import kernels
-from .augmentations import CropRenderer, DataAugmentationDINO, UintCrops, as_pixels
+from .augmentations import DataAugmentationDINO, UintCrops, as_pixels, make_renderer
 from .collate import Batch, draw_masks, mask_upperbound
 from .decode import UnreadableImage
 from .loaders import resolve_num_workers
@@ -65,7 +66,7 @@ class MultiCropLoader:
     it, and the loader waits for that copy before it gives the slot back to a worker.
 
     Args:
-        dataset: `len()`, `read(index)` giving uint8 RGB `(H, W, 3)` or raising `UnreadableImage`; and if it has several
+        dataset: `len()`, `read(index)` giving pixels `(H, W, C)` or raising `UnreadableImage`; and if it has several
             sources, `spans`.
         augmentation: draws and sizes of the crops.
         batch_size: images per batch.
@@ -111,6 +112,8 @@ class MultiCropLoader:
     ):
         if augment_on not in ("cpu", "device"):
             raise ValueError(f"augment_on={augment_on!r}: choose cpu or device")
+        if augment_on == "device" and augmentation.channels != 3:
+            raise ValueError(f"augment_on='device' is for RGB; images of {augmentation.channels} channels need cpu")
         if batch_size < 1 or hold < 1:
             raise ValueError(f"batch_size={batch_size} and hold={hold} must be at least 1")
         self.num_workers = resolve_num_workers(num_workers, get_local_size())
@@ -161,6 +164,7 @@ class MultiCropLoader:
                 num_workers=self.num_workers,
                 prefetch_factor=self._ahead if self.num_workers else None,
                 collate_fn=_unchanged,
+                worker_init_fn=_leave_signals_to_the_run,
                 generator=torch.Generator(),  # or it would draw from the random state that a resumed run has restored
             )
         )
@@ -196,7 +200,7 @@ class MultiCropLoader:
             first_local = len(batch["collated_global_crops"])
             groups = (("collated_global_crops", crops[:first_local]), ("collated_local_crops", crops[first_local:]))
             for key, group in groups:
-                on_device[key] = finish_crops(on_device[key], group, self._augmentation, self._dtype)
+                on_device[key] = finish_crops(on_device[key], group, self._augmentation.levels, self._dtype)
         return on_device
 
     def _release_oldest(self) -> None:
@@ -256,8 +260,8 @@ class _SlotLayout:
         large, small = augmentation.global_crops_size, augmentation.local_crops_size
         if augment_on == "cpu":
             self._fields = {
-                "collated_global_crops": ((n_global, 3, large, large), dtype),
-                "collated_local_crops": ((n_local, 3, small, small), dtype),
+                "collated_global_crops": ((n_global, augmentation.channels, large, large), dtype),
+                "collated_local_crops": ((n_local, augmentation.channels, small, small), dtype),
             }
         else:
             self._fields = {
@@ -342,7 +346,7 @@ class _BatchMaker(Dataset):
         """From pixels, crop parameters and the number of an image to its rows in the slot."""
         groups = tensors["collated_global_crops"], tensors["collated_local_crops"]
         if "crop_parameters" not in tensors:
-            return CropRenderer(self._augmentation, *groups).render
+            return make_renderer(self._augmentation, *groups).render
         resized = UintCrops(*groups)
         parameters = tensors["crop_parameters"].numpy().view(kernels.CROP)[:, 0].reshape(-1, self.layout.batch_size)
 
@@ -356,7 +360,7 @@ class _BatchMaker(Dataset):
         """Read an image; where it cannot be read, one that depends on the seed and the position only."""
         for attempt in range(1, _TRIES + 1):
             try:
-                return as_pixels(self._dataset.read(index))
+                return as_pixels(self._dataset.read(index), self._augmentation.channels)
             except UnreadableImage as problem:
                 unreadable.append((os.fspath(problem.path), problem.reason))
             elsewhere = _rng(self._seed, position, attempt).integers(1 << 40)
@@ -410,10 +414,19 @@ def _unchanged(report: _Report) -> _Report:
     return report
 
 
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Let a worker outlive a request to stop, which SLURM and a terminal send to all processes at once.
+
+    The training still finishes its step and saves; a worker ends when the run lets go of it.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _compile(augmentation: DataAugmentationDINO) -> None:
     """Load or compile the kernels before there are workers, so that not each of them has to."""
     started = time.perf_counter()
-    augmentation(np.zeros((32, 32, 3), np.uint8), np.random.default_rng(0))
+    augmentation(np.zeros((32, 32, augmentation.channels), np.uint8), np.random.default_rng(0))
     seconds = time.perf_counter() - started
     if seconds > 2:
         logger.info("compiled the augmentation in %.0f s; the next run finds it in the cache", seconds)
