@@ -47,8 +47,12 @@ def cluster():
 class Slurm:
     """What a user does on the cluster."""
 
-    def requeue(self, job_id: str) -> None:
-        subprocess.run(["scontrol", "requeue", job_id], check=True)
+    def pause(self, job_id: str) -> None:
+        """Stop the processes where they are, so that a quick machine is not done before SLURM has decided."""
+        subprocess.run(["scancel", "--signal=STOP", job_id], check=True)
+
+    def go_on(self, job_id: str) -> None:
+        subprocess.run(["scancel", "--signal=CONT", job_id], check=True)
 
     def field(self, job_id: str, name: str) -> str:
         text = subprocess.check_output(["scontrol", "show", "job", "--oneliner", job_id], text=True)
