@@ -357,7 +357,7 @@ def conclude(
     has_pixels = ~np.isin(records["row"], np.concatenate([found[code] for code in NO_PIXELS]))
     seen = records[has_pixels]
     found |= _extreme_sizes(seen)
-    audit.groups["duplicate"] = _exact_groups(records)
+    audit.groups["duplicate"] = _exact_groups(seen)
     audit.groups["near_duplicate"] = _near_groups(seen, audit.groups["duplicate"], found["blank"])
     if held_out is not None:
         both = [*audit.groups["duplicate"], *audit.groups["near_duplicate"]]
@@ -387,10 +387,9 @@ def _extreme_sizes(seen: np.ndarray) -> dict[str, np.ndarray]:
     return {code: seen["row"][mask] for code, mask in extreme.items()}
 
 
-def _exact_groups(records: np.ndarray) -> list[np.ndarray]:
-    records = records[records["bytes"] > 0]
-    keys = np.ascontiguousarray(records["sha256"]).view([("high", "<u8"), ("low", "<u8")]).ravel()
-    return [records["row"][group] for group in groups_of_equals(keys)]
+def _exact_groups(seen: np.ndarray) -> list[np.ndarray]:
+    keys = np.ascontiguousarray(seen["sha256"]).view([("high", "<u8"), ("low", "<u8")]).ravel()
+    return [seen["row"][group] for group in groups_of_equals(keys)]
 
 
 def _near_groups(seen: np.ndarray, exact: list[np.ndarray], blank: np.ndarray) -> list[np.ndarray]:

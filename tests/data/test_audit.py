@@ -110,6 +110,12 @@ def test_blank_images_hurt_and_do_not_count_as_duplicates_of_each_other(cells):
     assert set(audit.counts) == {"blank"}
 
 
+def test_files_without_pixels_are_no_duplicates(cells):
+    for path in files(cells)[:3]:
+        path.write_bytes(b"<html>404 Not Found</html>")
+    assert check([str(cells)]).counts == {"unreadable": 3}
+
+
 def test_copies_are_found_exact_and_near(cells):
     first, second = files(cells)[3], files(cells)[20]
     shutil.copy(first, cells / "z_copy.jpg")
