@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,8 +94,15 @@ def unreadable_is_value_error(path: Path) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:  # damaged files raise almost anything: EOFError, KeyError, UnicodeDecodeError, ...
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{path}: not a readable weights file (damaged, truncated, or with more in it than tensors; "
-            f"code in files is never run): {first_line}"
+            f"code in files is never run): {_reason(error)}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """One line; torch's advice to load unsafely is left out."""
+    if isinstance(error, pickle.UnpicklingError):
+        refused = re.search(r"Unsupported \w+: GLOBAL (\S+)", str(error))
+        return f"it holds {refused[1]}" if refused else "not a pickle of tensors"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

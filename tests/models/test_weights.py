@@ -260,8 +260,9 @@ def test_a_malicious_pickle_is_refused_and_never_run(nested, tmp_path):
     torch.save(content, tmp_path / "weights.pth")
     (tmp_path / "weights.bin").write_bytes(pickle.dumps(content))
     for name in ("weights.pth", "weights.bin"):
-        with pytest.raises(ValueError, match=f"{name}: not a readable weights file"):
+        with pytest.raises(ValueError, match=f"{name}: not a readable weights file") as caught:
             load_backbone(tmp_path / name)
+        assert "weights_only" not in str(caught.value)  # no advice to load it unsafely
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "weights.pth", weights_only=False)
     assert (tmp_path / "ran").exists()  # it would have run
