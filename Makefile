@@ -46,7 +46,7 @@ format: $(READY) ## Mend style
 	$(BIN)/ruff format .
 
 bench: $(READY) ## Time the parts that decide the speed of training
-	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script" $(BENCH_ARGS) || exit 1; done
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
 clean: ## Remove the environment and all caches; ./demo and ./runs stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
