@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import kernels
+from .channels import ChannelRenderer
 from .transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 _ENCODINGS = {
@@ -51,7 +52,8 @@ class DataAugmentationDINO:
         blur_sigma: smallest and largest standard deviation of the 9-tap Gaussian, pixels.
         solarize_global_2: probability that the second global crop is inverted where it is 128 or brighter.
         hed_jitter: standard deviation of the factor on the density of each stain; 0 is off.
-        mean: per channel, of images scaled to 0..1.
+        mean: per channel, of images scaled to 0..1; images have as many channels as this has numbers. Other than RGB,
+            they know no saturation, hue, grayscale and stain (see `channels.py`).
         std: per channel.
 
     Raises:
@@ -135,8 +137,13 @@ class DataAugmentationDINO:
                 smallest, largest = view[name]
                 if not low < smallest <= largest:
                     raise ValueError(f"{name} must be a range of positive numbers, got {smallest} to {largest}")
-        if len(self.mean) != 3 or len(self.std) != 3 or (self.std <= 0).any():
-            raise ValueError(f"mean and std need three numbers each, std positive; got {self.mean} and {self.std}")
+        if len(self.mean) != len(self.std) or not len(self.mean) or (self.std <= 0).any():
+            raise ValueError(f"mean and std need one number per channel, std positive; got {self.mean} and {self.std}")
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images: as many as `mean` has numbers."""
+        return len(self.mean)
 
     @property
     def crops_per_image(self) -> int:
@@ -154,7 +161,7 @@ class DataAugmentationDINO:
         Returns:
             `(crops_per_image,)` records of `kernels.CROP`, global crops first.
         """
-        crops = np.empty(len(self._views), dtype=kernels.CROP)
+        crops = np.zeros(len(self._views), dtype=kernels.CROP)
         uniforms = rng.random((len(self._views), kernels.UNIFORMS_PER_CROP))
         kernels.draw_crops(uniforms, self._views, height, width, crops)
         return crops
@@ -163,20 +170,20 @@ class DataAugmentationDINO:
         """Augment one image.
 
         Args:
-            image: a PIL image, or RGB pixels as uint8 `(H, W, 3)`.
+            image: a PIL image, or pixels `(H, W, C)`.
             rng: source of the draws; when None, one seeded from torch's global generator.
 
         Returns:
-            `global_crops` (two float tensors `(3, H, W)`), `global_crops_teacher` (the same), `local_crops` and
+            `global_crops` (two float tensors `(C, H, W)`), `global_crops_teacher` (the same), `local_crops` and
             `offsets` (empty).
         """
-        pixels = as_pixels(image)
+        pixels = as_pixels(image, self.channels)
         rng = rng or np.random.default_rng(int(torch.randint(2**62, (1,))))
         crops = self.draw(*pixels.shape[:2], rng)
         n_local, large, small = self.local_crops_number, self.global_crops_size, self.local_crops_size
-        global_crops = torch.empty(2, 3, large, large)
-        local_crops = torch.empty(n_local, 3, small, small)
-        CropRenderer(self, global_crops, local_crops).render(pixels, crops, 0)
+        global_crops = torch.empty(2, self.channels, large, large)
+        local_crops = torch.empty(n_local, self.channels, small, small)
+        make_renderer(self, global_crops, local_crops).render(pixels, crops, 0)
         views = list(global_crops)
         return {
             "global_crops": views,
@@ -186,17 +193,28 @@ class DataAugmentationDINO:
         }
 
 
-def as_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
-    """Contiguous uint8 RGB pixels `(H, W, 3)` of a PIL image or an array.
+def as_pixels(image: Image.Image | np.ndarray, channels: int = 3) -> np.ndarray:
+    """Contiguous pixels `(H, W, C)` of a PIL image or an array: uint8 for RGB, numbers of any type for other channels.
 
     Raises:
         ValueError: an array of another type or shape, or without pixels.
     """
     if isinstance(image, Image.Image):
         image = np.asarray(image.convert("RGB"))
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise ValueError(f"expected uint8 RGB pixels of shape (H, W, 3), got {image.dtype} of shape {image.shape}")
+    wanted = "uint8 RGB pixels" if channels == 3 else f"pixels of {channels} channels"
+    fits = image.dtype == np.uint8 or (channels != 3 and image.dtype.kind in "uif")
+    if not fits or image.ndim != 3 or image.shape[2] != channels or image.size == 0:
+        raise ValueError(f"expected {wanted}, shape (H, W, {channels}); got {image.dtype} of shape {image.shape}")
     return np.require(image, requirements=("C", "W"))  # torch warns of arrays that it could not write to
+
+
+def make_renderer(
+    augmentation: DataAugmentationDINO, global_crops: Tensor, local_crops: Tensor
+) -> CropRenderer | ChannelRenderer:
+    """The renderer for the channels of the images: the compiled one for RGB."""
+    if augmentation.channels == 3:
+        return CropRenderer(augmentation, global_crops, local_crops)
+    return ChannelRenderer(augmentation.levels, global_crops, local_crops)
 
 
 class CropRenderer:

@@ -11,26 +11,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import kernels
-from .augmentations import DataAugmentationDINO
 
 
 def finish_crops(
-    levels: Tensor, crops: np.ndarray, augmentation: DataAugmentationDINO, dtype: torch.dtype = torch.float32
+    pixels: Tensor,
+    crops: np.ndarray,
+    levels: tuple[np.ndarray, np.ndarray],
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Flip, colour, blur, normalise and cast resized crops.
 
     Args:
-        levels: `(n, size, size, 3)` uint8, on the training device.
+        pixels: `(n, size, size, 3)` uint8, on the training device.
         crops: `(n,)` of `kernels.CROP`, on the host.
-        augmentation: for the normalisation.
+        levels: factor and summand per channel that normalise levels of 0..255.
         dtype: of the result.
 
     Returns:
         `(n, 3, size, size)`, contiguous.
     """
     if not len(crops):
-        return levels.new_empty((0, 3, *levels.shape[1:3]), dtype=dtype)
-    x = levels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return pixels.new_empty((0, 3, *pixels.shape[1:3]), dtype=dtype)
+    x = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     for name, axes in (("horizontal_flip", (3,)), ("vertical_flip", (2,))):
         _replace(x, crops[name], lambda part, _, axes=axes: part.flip(axes))
     for turns in (1, 2, 3):
@@ -44,9 +46,9 @@ def finish_crops(
                 x, chosen, lambda part, which, name=name, apply=apply: apply(part, _column(part, crops[name][which]))
             )
     _replace(x, crops["grayscale"], lambda part, _: _luma(part).expand_as(part))
-    _replace(x, crops["sigma"] > 0, lambda part, which: _blur(part, crops["sigma"][which]))
+    _replace(x, crops["sigma"] > 0, lambda part, which: (blur(part, crops["sigma"][which]) + 0.5).floor_())
     _replace(x, crops["solarize"], lambda part, _: torch.where(part >= kernels.SOLARIZE_THRESHOLD, 255 - part, part))
-    scale, offset = (torch.from_numpy(values).to(x.device).view(1, 3, 1, 1) for values in augmentation.levels)
+    scale, offset = (torch.from_numpy(values).to(x.device).view(1, 3, 1, 1) for values in levels)
     return torch.addcmul(offset, x, scale).to(dtype)
 
 
@@ -119,7 +121,8 @@ def _stain(x: Tensor, factors: np.ndarray) -> Tensor:
     return _level((mixed + 8).exp2_() - 0.5).view_as(x)
 
 
-def _blur(x: Tensor, sigmas: np.ndarray) -> Tensor:
+def blur(x: Tensor, sigmas: np.ndarray) -> Tensor:
+    """Blur each crop of `(n, C, H, W)` with its own 9-tap Gaussian, mirrored at the border; does not round."""
     radius = kernels.BLUR_RADIUS
     distances = np.arange(-radius, radius + 1)
     taps = np.exp(-0.5 * (distances / sigmas[:, None].astype(np.float64)) ** 2)
@@ -130,4 +133,4 @@ def _blur(x: Tensor, sigmas: np.ndarray) -> Tensor:
         x = torch.zeros_like(x)
         for k in range(2 * radius + 1):
             x.addcmul_(padded.narrow(axis, k, size), _column(x, taps[:, k]))
-    return (x + 0.5).floor_()
+    return x

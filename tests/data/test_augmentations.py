@@ -8,7 +8,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tv
 
 from dinov2.data import kernels
-from dinov2.data.augmentations import CropRenderer, DataAugmentationDINO, UintCrops
+from dinov2.data.augmentations import CropRenderer, DataAugmentationDINO, UintCrops, make_renderer
 
 SIZES = {"global_crops_size": 64, "local_crops_size": 42}
 ORDERS = ((0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1))
@@ -261,6 +261,52 @@ def test_an_option_out_of_its_range_is_named(option, value, words):
         augmentation(**{option: value})
 
 
+def channel_crop(pixels, **what):
+    channels = pixels.shape[2]
+    a = augmentation(n_local=0, mean=(0.0,) * channels, std=(1.0,) * channels)
+    crop = nothing_done(64, *pixels.shape[:2])
+    for field, value in what.items():
+        crop[field] = value
+    out = torch.empty(2, channels, 64, 64)
+    make_renderer(a, out, torch.empty(0, channels, 42, 42)).render(pixels, np.repeat(crop, 2), 0)
+    return out[0].permute(1, 2, 0).numpy() * 255
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        {"horizontal_flip": True, "turns": 1},
+        {"jitter": True, "brightness": 1.3},
+        {"sigma": 1.3},
+        {"solarize": True},
+    ],
+)
+def test_one_channel_is_treated_as_each_of_the_colours(picture, what):
+    crop = nothing_done(64, *picture.shape[:2])
+    for field, value in what.items():
+        crop[field] = value
+    gray = np.repeat(picture[..., :1], 3, axis=2)
+    assert_same_levels(channel_crop(picture[..., :1], **what), rendered(gray, crop, 64)[..., :1])
+
+
+def test_sixteen_bit_and_float_channels_keep_their_resolution():
+    ramp = np.linspace(20000, 20255, 64)[None, :, None].repeat(64, 0).repeat(5, 2)
+    expected = ramp / 65535 * 255
+    assert np.abs(channel_crop(ramp.astype(np.uint16)) - expected).max() < 4e-3  # whole numbers in the file
+    assert np.abs(channel_crop((ramp / 65535).astype(np.float32)) - expected).max() < 1e-3
+
+
+def test_a_sample_of_many_channels_has_them_all():
+    a = augmentation(mean=(0.1,) * 5, std=(0.2,) * 5)
+    sample = a(np.random.default_rng(0).integers(0, 60000, (70, 60, 5)).astype(np.uint16), np.random.default_rng(0))
+    assert sample["global_crops"][0].shape == (5, 64, 64)
+    assert torch.isfinite(sample["local_crops"][0]).all()
+
+
 def test_pixels_of_another_type_are_refused():
     with pytest.raises(ValueError, match="expected uint8 RGB pixels"):
         augmentation()(np.zeros((20, 20), np.uint8))
+    with pytest.raises(ValueError, match="expected uint8 RGB pixels"):
+        augmentation()(np.zeros((20, 20, 3), np.uint16))
+    with pytest.raises(ValueError, match="expected pixels of 2 channels"):
+        augmentation(mean=(0.0, 0.0), std=(1.0, 1.0))(np.zeros((20, 20, 3), np.uint16))

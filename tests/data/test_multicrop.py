@@ -150,6 +150,20 @@ def test_as_many_batches_stay_valid_as_are_held(num_workers, hold):
             assert_same([still_valid], [expected[which]])
 
 
+class SixteenBit(Pictures):
+    def read(self, index):
+        return np.random.default_rng(index).integers(0, 4096, (40, 48, 2)).astype(np.uint16)
+
+
+def test_images_of_two_channels_become_batches_of_two_channels():
+    two = augmentation(mean=(0.0, 0.0), std=(1.0, 1.0))
+    (batch,) = first(1, dataset=SixteenBit(), augmentation=two, dtype=torch.float16)
+    assert batch["collated_local_crops"].shape == (8, 2, 14, 14)
+    assert batch["collated_global_crops"].abs().max() < 1
+    with pytest.raises(ValueError, match="is for RGB"):
+        loader(SixteenBit(), augmentation=two, augment_on="device")
+
+
 def test_augmenting_on_the_device_gives_the_same_crops_to_within_a_level():
     options = {"augmentation": augmentation(vertical_flip=0.5, rotate90=True, hed_jitter=0.05), "batch_size": 16}
     on_cpu, on_device = (loader(augment_on=where, **options) for where in ("cpu", "device"))
