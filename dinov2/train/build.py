@@ -26,6 +26,7 @@ def build_train_dataset(cfg: Any) -> ImageDataset:
         path_preserved=cfg.train.path_preserved,
         frac=cfg.train.frac,
         exclude=cfg.train.exclude,
+        in_chans=cfg.student.in_chans,
         cache_dir=cfg.train.cache_dir,
     )
 
