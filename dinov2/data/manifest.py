@@ -224,15 +224,33 @@ class Index:
 
     def rows_below(self, path: str) -> np.ndarray:
         """Return the sorted rows of the images in a folder, a shard, or (its own path) the whole source."""
-        if path == self.root or (self.info["kind"] == "manifest" and path in self.info["paths"]):
+        if self._is_whole(path):
             return np.arange(len(self))
-        prefix = os.fsencode(os.path.relpath(path, self.root))
         if self.info["kind"] == "manifest":
-            return np.flatnonzero(pc.starts_with(self.column("name"), prefix + b"/").to_numpy())
-        paths = self._directory_paths
+            return np.flatnonzero(pc.starts_with(self.column("name"), self._prefix(path) + b"/").to_numpy())
+        first, count = self._folders_below(path)
+        return np.concatenate([np.arange(a, a + n) for a, n in zip(first, count)] or [np.arange(0)])
+
+    def count_below(self, path: str) -> int:
+        """Return the number of `rows_below(path)`, without listing them where that can be avoided."""
+        if self._is_whole(path):
+            return len(self)
+        if self.info["kind"] == "manifest":
+            return len(self.rows_below(path))
+        return int(self._folders_below(path)[1].sum())
+
+    def _is_whole(self, path: str) -> bool:
+        return path == self.root or (self.info["kind"] == "manifest" and path in self.info["paths"])
+
+    def _prefix(self, path: str) -> bytes:
+        return os.fsencode(os.path.relpath(path, self.root))
+
+    def _folders_below(self, path: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return (first row, rows) of the folders or shards at `path` and below it."""
+        paths, prefix = self._directory_paths, self._prefix(path)
         below = pc.or_(pc.equal(paths, prefix), pc.starts_with(paths, prefix + b"/")).to_numpy(zero_copy_only=False)
         first, count = (self._directories.column(name).to_numpy()[below] for name in ("first", "count"))
-        return np.concatenate([np.arange(a, a + n) for a, n in zip(first, count)] or [np.arange(0)])
+        return first, count
 
     def rows_named(self, paths: Iterable[str]) -> np.ndarray:
         """Return the sorted rows of absolute `paths`; those that are not in the index are left out."""
@@ -742,6 +760,10 @@ class Catalog:
     def rows_below(self, path: str) -> np.ndarray:
         """Return the sorted rows of the images in a folder, shard or source."""
         return self._gather(lambda index: index.rows_below(path))
+
+    def count_below(self, path: str) -> int:
+        """Return the number of images in a folder, shard or source."""
+        return sum(index.count_below(path) for index in self.indexes)
 
     def rows_named(self, paths: Iterable[str]) -> np.ndarray:
         """Return the sorted rows of absolute paths."""

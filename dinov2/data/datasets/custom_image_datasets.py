@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -193,7 +193,7 @@ def _as_paths(paths: str | os.PathLike | Iterable[str] | None) -> list[str]:
 
 def _check_within(preserved: list[str], catalog: Catalog) -> None:
     for path in preserved:
-        if not len(catalog.rows_below(path)):
+        if not catalog.count_below(path):
             known = "\n".join(f"  {source}" for source in catalog.sources)
             why = "holds no image of the data set" if os.path.exists(path) else "does not exist"
             raise ValueError(f"path_preserved: {path} {why}; it must be one of these, or a folder within:\n{known}")
@@ -258,23 +258,23 @@ def _hold_out(catalog: Catalog, preserved: list[str], frac: float, seed: int) ->
 def _smallest_hashes(catalog: Catalog, folder: str, frac: float, seed: int) -> np.ndarray:
     rows = catalog.rows_below(folder)
     wanted = max(1, round(frac * len(rows)))
-    names = _units(catalog, rows, folder)
-    unit_names, unit_of_row, counts = np.unique(names, return_inverse=True, return_counts=True)
-    order = np.argsort([_hash(seed, name) for name in unit_names], kind="stable")
-    before = np.cumsum(counts[order]) - counts[order]  # images held out before this unit
-    return rows[np.isin(unit_of_row, order[before < wanted])]
+    hashes = np.fromiter(_hashes(catalog, rows, folder, seed), np.int64, len(rows))
+    values, counts = np.unique(hashes, return_counts=True)
+    before = np.cumsum(counts) - counts  # images held out before this one, or before this group
+    return rows[hashes <= values[before < wanted][-1]]
 
 
-def _units(catalog: Catalog, rows: np.ndarray, folder: str) -> np.ndarray:
-    """Return what is held out as a whole, for each row: its group where there is one, else the image by its path."""
-    names: list[str] = []
+def _hashes(catalog: Catalog, rows: np.ndarray, folder: str, seed: int) -> Iterator[int]:
+    """Yield, for each row, the hash of its group where it has one, else of its path relative to the folder."""
     for index, start, stop in zip(catalog.indexes, catalog.starts, catalog.starts[1:]):
-        inside = rows[(rows >= start) & (rows < stop)] - start
-        below = os.path.relpath(folder, index.root)
-        paths = [os.path.relpath(path, below) for path in index.relative_paths(inside)]
-        groups = index.column("group").take(inside).to_pylist() if "group" in index.columns else [""] * len(paths)
-        names += [f"group {group}" if group else path for group, path in zip(groups, paths)]
-    return np.array(names, dtype=object)
+        inside = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)] - start
+        prefix = os.path.relpath(folder, index.root) + os.sep  # not that of any path where the whole source is meant
+        paths = (path.removeprefix(prefix) for path in index.relative_paths(inside))
+        if "group" not in index.columns:
+            yield from (_hash(seed, path) for path in paths)
+            continue
+        groups = index.column("group").take(inside).to_pylist()
+        yield from (_hash(seed, f"group {group}" if group else path) for group, path in zip(groups, paths))
 
 
 def _hash(seed: int, name: str) -> int:
@@ -306,7 +306,7 @@ def _summarise(catalog: Catalog, selection: _Selection, preserved: list[str], ex
         held_out=len(selection.held_out),
         used=len(selection.kept),
         exclude=exclude,
-        held_out_of={path: len(catalog.rows_below(path)) for path in preserved},
+        held_out_of={path: catalog.count_below(path) for path in preserved},
     )
 
 
