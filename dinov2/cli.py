@@ -7,7 +7,6 @@ import difflib
 import importlib
 import sys
 import textwrap
-import traceback
 from collections.abc import Sequence
 
 from dinov2 import __version__
@@ -26,7 +25,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 USER_ERROR = 2  # exit code, as argparse uses it
-INTERRUPTED = 130  # 128 + SIGINT
 
 
 def describe() -> str:
@@ -61,22 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         return _complain(_unknown(name))
-    try:
-        return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
-    except (ValueError, OSError) as error:
-        if debug:
-            traceback.print_exc()
-            return USER_ERROR
-        return _complain(f"dinov2 {name}: {error}{_hint(name, error)}")
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    from dinov2.utils.errors import exit_code_of  # here, so that `dinov2 --help` imports nothing heavy
 
-
-def _hint(name: str, error: Exception) -> str:
-    """Return how to see more, unless the message says everything already."""
-    from dinov2.configs import ConfigError
-
-    return "" if isinstance(error, ConfigError) else f"\n(`dinov2 --debug {name} …` shows the traceback)"
+    module = importlib.import_module(COMMANDS[name][0])
+    code = exit_code_of(module.main, rest, name=f"dinov2 {name}", debug=debug)
+    if code == USER_ERROR and not debug:
+        print(f"(`dinov2 --debug {name} …` shows the traceback)", file=sys.stderr)
+    return code
 
 
 def _unknown(name: str) -> str:

@@ -33,7 +33,7 @@ INDEX = "checkpoint.json"
 LATEST = "last_checkpoint"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(OSError):
     """A checkpoint could not be written or read; the message says which and why."""
 
 

@@ -34,6 +34,7 @@ from dinov2.train.schedules import ScheduleValues, build_schedulers, total_itera
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.watch import NonFiniteLossError, StepWatch, stop_on_signal
 from dinov2.utils.config import get_effective_batch_size, setup
+from dinov2.utils.errors import exit_code_of
 
 logger = logging.getLogger("dinov2")
 
@@ -343,4 +344,4 @@ def export_checkpoint(cfg: Any, model: SSLMetaArch, checkpoint: str = "") -> Non
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(main))
