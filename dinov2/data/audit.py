@@ -28,6 +28,7 @@ from tqdm import tqdm
 from .datasets.custom_image_datasets import read_path_list
 from .decode import UnreadableImage, decode_channels, decode_rgb, read_header, sniff, to_uint8
 from .duplicates import groups_of_equals, groups_of_neighbours, perceptual_hash
+from .loaders import resolve_num_workers
 from .manifest import EMPTY_FILE, Catalog, cache_folder, describe_counts, find_sources, open_index
 from .statistics import ChannelStatistics, combine_moments, image_moments
 
@@ -112,7 +113,7 @@ def examine(data: bytes, path: str, channels: int = 3) -> tuple[np.ndarray, str]
     record["phash"] = perceptual_hash(preview)
     record["mean"], record["square"] = image_moments(image)
     odd = {
-        "blank": cv2.cvtColor(preview, cv2.COLOR_RGB2GRAY).std() < _BLANK_DEVIATION,
+        "blank": cv2.meanStdDev(cv2.cvtColor(preview, cv2.COLOR_RGB2GRAY))[1].item() < _BLANK_DEVIATION,
         "wrong_extension": os.path.splitext(path)[1].lower() not in _EXTENSIONS[header.format],
         "no_end": header.format == "jpeg" and b"\xff\xd9" not in data[-64:],
         "deep": header.bits > 8,
@@ -613,13 +614,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run `dinov2 check` and return its exit code."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
-    workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
     try:
         audit = check(
             args.data,
             held_out=args.held_out,
             channels=args.in_chans,
-            workers=workers,
+            workers=resolve_num_workers("auto") if args.workers is None else args.workers,
             resume=args.resume,
             cache_dir=args.cache_dir,
         )
