@@ -11,6 +11,7 @@ changed; only changed folders are listed again.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -391,10 +392,15 @@ def _build(source: Source, root: str, shelf: Path, old: Index | None) -> Path:
     pointer = shelf / f".current-{stamp}"
     pointer.write_text(stamp)
     pointer.replace(shelf / "current")
-    for other in shelf.iterdir():
-        if other.is_dir() and other != folder and other.stat().st_mtime < time.time() - _KEEP_OLD_SECONDS:
-            shutil.rmtree(other, ignore_errors=True)
+    _remove_outdated(shelf, folder)
     return folder
+
+
+def _remove_outdated(shelf: Path, current: Path) -> None:
+    for other in shelf.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # other processes build, rename and remove here, too
+            if other.is_dir() and other != current and other.stat().st_mtime < time.time() - _KEEP_OLD_SECONDS:
+                shutil.rmtree(other, ignore_errors=True)
 
 
 def _refuse_empty(index: Index, source: Source) -> None:

@@ -1,4 +1,5 @@
 import io
+import multiprocessing
 import os
 import pickle
 import tarfile
@@ -121,6 +122,24 @@ def test_a_damaged_index_is_built_again(tmp_path):
     with open(os.path.join(first.folder, "files.arrow"), "r+b") as file:
         file.truncate(40)
     assert len(index_of(tmp_path)) == 1
+
+
+def test_processes_that_scan_at_once_do_not_disturb_each_other(tmp_path):
+    fill(tmp_path, [f"{folder}/{i}.jpg" for folder in range(20) for i in range(20)])
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        indexes = pool.map(index_of, [tmp_path] * 8, chunksize=1)
+    assert {tuple(index.relative_paths()) for index in indexes} == {tuple(index_of(tmp_path).relative_paths())}
+
+
+def test_an_index_that_was_replaced_long_ago_is_removed_and_a_recent_one_is_kept(tmp_path):
+    fill(tmp_path, ["1.jpg"])
+    old = index_of(tmp_path).folder
+    (tmp_path / "2.jpg").write_bytes(b"x")
+    recent = index_of(tmp_path).folder
+    os.utime(old, (LONG_AGO - 8 * 24 * 3600,) * 2)
+    (tmp_path / "3.jpg").write_bytes(b"x")
+    index_of(tmp_path)
+    assert (os.path.exists(old), os.path.exists(recent)) == (False, True)
 
 
 def test_rows_beyond_one_batch_are_found(tmp_path, monkeypatch):
