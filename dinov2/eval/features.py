@@ -24,7 +24,7 @@ logger = logging.getLogger("dinov2")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 RESIZE_RATIO = 256 / 224  # DINOv2 resizes the shorter side to 256 and cuts 224 out of the middle
-PARTS = ("cls", "patch_mean", "registers")
+PARTS = ("cls", "patch_mean", "registers", "patches")
 
 
 class Unreadable(NamedTuple):
@@ -175,7 +175,7 @@ def l2_normalise(features: np.ndarray) -> np.ndarray:
 
 
 def parse_features(features: str) -> tuple[str, ...]:
-    """The parts in "cls", "patch_mean", "registers" or any of them joined by "+".
+    """The parts in "cls", "patch_mean", "registers", "patches" or any of them joined by "+".
 
     Raises:
         ValueError: an unknown part.
@@ -194,7 +194,8 @@ def available_features(model: nn.Module) -> str:
 def token_features(model: nn.Module, images: Tensor, features: str = "cls") -> dict[str, Tensor]:
     """The parts of `features` for images (B, C, H, W), each (B, width), in the model's precision.
 
-    The registers of an image are laid side by side, (B, R * D), because each has learned a role of its own.
+    The registers of an image are laid side by side, (B, R * D), because each has learned a role of its own; so are its
+    patches, (B, N * D), row by row of the image.
 
     Raises:
         ValueError: registers asked of a model that has none.
@@ -206,6 +207,8 @@ def token_features(model: nn.Module, images: Tensor, features: str = "cls") -> d
             parts[part] = tokens["x_norm_clstoken"]
         elif part == "patch_mean":
             parts[part] = tokens["x_norm_patchtokens"].mean(dim=1)
+        elif part == "patches":
+            parts[part] = tokens["x_norm_patchtokens"].flatten(1)
         else:
             if tokens["x_norm_regtokens"].shape[1] == 0:
                 raise ValueError("features 'registers' asked of a model without register tokens")
@@ -388,7 +391,7 @@ def extract(
         device: where the model runs; None: where its parameters are.
         dtype: autocast precision; None: float32.
         image_size: side of the square shown to the model, pixels.
-        features: "cls", "patch_mean", "registers" or several joined by "+".
+        features: "cls", "patch_mean", "registers", "patches" or several joined by "+".
         mean: per channel, what the model was trained with (images scaled to 0..1).
         std: likewise.
         progress: show a progress bar (main process).
@@ -403,10 +406,13 @@ def extract(
     def embed(images: Tensor) -> dict[str, Tensor]:
         return token_features(model, normalise_images(images.to(device, non_blocking=True), mean, std), features)
 
-    with inference(model, device, dtype):
-        return extract_with(
-            embed, dataset, batch_size=batch_size, num_workers=num_workers, image_size=image_size, progress=progress
+    show = progress and distributed.is_main_process()
+    with inference(model, device, dtype), tqdm(total=len(dataset), unit="img", disable=not show) as bar:
+        table = extract_with(
+            embed, dataset, batch_size=batch_size, num_workers=num_workers, image_size=image_size, bar=bar
         )
+    report_unreadable(table.unreadable, len(dataset))
+    return table
 
 
 def extract_with(
@@ -416,11 +422,12 @@ def extract_with(
     batch_size: int = 64,
     num_workers: int | None = None,
     image_size: int = 224,
-    progress: bool = False,
+    bar: tqdm | None = None,
 ) -> FeatureTable:
     """`extract` for any function from bytes (B, 3, S, S) to named features, such as a colour histogram.
 
-    Each process takes one run of rows, so that gathering in rank order restores the order of the data set.
+    Each process takes one run of rows, so that gathering in rank order restores the order of the data set. Unreadable
+    images are listed in the table; whether that is an error is the caller's business.
     """
     if len(dataset) == 0:
         raise ValueError(f"no image to extract features from in {dataset!r}")
@@ -432,22 +439,20 @@ def extract_with(
     num_workers = default_num_workers() if num_workers is None else num_workers
 
     blocks, kept, sizes, unreadable, layout = [], [], [], [], {}
-    show = progress and distributed.is_main_process()
-    with tqdm(total=len(rows), unit="img", desc="features", disable=not show) as bar:
-        for batch in iterate_images(dataset, batches, image_size=image_size, num_workers=num_workers):
-            parts = embed(batch.images)
-            layout = _layout(parts, parts.values())
-            blocks.append(torch.cat([p.float() for p in parts.values()], dim=1)[: len(batch.rows)].cpu())
-            kept += batch.rows
-            sizes += batch.sizes
-            unreadable += batch.unreadable
-            bar.update(len(batch.rows) + len(batch.unreadable))
+    for batch in iterate_images(dataset, batches, image_size=image_size, num_workers=num_workers):
+        parts = embed(batch.images)
+        layout = _layout(parts, parts.values())
+        blocks.append(torch.cat([p.float() for p in parts.values()], dim=1)[: len(batch.rows)].cpu())
+        kept += batch.rows
+        sizes += batch.sizes
+        unreadable += batch.unreadable
+        if bar is not None:
+            bar.update((len(batch.rows) + len(batch.unreadable)) * world)
 
     features = distributed.gather_rows(torch.cat(blocks)).numpy()
     kept = np.asarray([row for part in distributed.gather_objects(kept) for row in part], dtype=np.int64)
     sizes = [size for part in distributed.gather_objects(sizes) for size in part]
     unreadable = [Unreadable(*item) for part in distributed.gather_objects(unreadable) for item in part]
-    _report_unreadable(unreadable, len(dataset))
 
     pick = lambda names: [str(names[i]) for i in kept] if names is not None and len(names) else []  # noqa: E731
     labels, groups = getattr(dataset, "labels", None), getattr(dataset, "groups", None)
@@ -470,7 +475,7 @@ def _layout(names, blocks) -> dict[str, tuple[int, int]]:
     return {name: (start, stop) for name, start, stop in zip(names, [0, *stops], stops)}
 
 
-def _report_unreadable(unreadable: Sequence[Unreadable], total: int) -> None:
+def report_unreadable(unreadable: Sequence[Unreadable], total: int) -> None:
     """Name what is missing; nothing left is an error."""
     if len(unreadable) == total:
         raise ValueError(
