@@ -625,7 +625,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     except ValueError as error:
         parser.exit(2, f"dinov2 check: {error}\n")
-    print("\n".join(summary_lines(audit)))
+    print("\n".join(summary_lines(audit)).encode(errors="backslashreplace").decode())  # names need not be UTF-8
     if args.report or args.show_crops:
         from .report import write_report  # draws with the augmentation, which costs seconds to import
 

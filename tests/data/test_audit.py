@@ -174,6 +174,19 @@ def test_the_command_writes_what_it_found_and_training_takes_its_list(cells, tmp
     assert (dataset.summary.excluded, len(dataset)) == (2, 31)
 
 
+def test_a_name_that_is_not_utf8_or_looks_like_html_is_reported_all_the_same(cells, tmp_path, capsys):
+    for name in (b"caf\xe9.jpg", b"<script>.jpg"):
+        with open(os.path.join(os.fsencode(cells), name), "wb") as file:
+            file.write(b"rubbish")
+    out = [str(tmp_path / name) for name in ("r.html", "r.json", "r.csv", "bad.txt")]
+    options = ("--report", "--json", "--csv", "--exclude-list")
+    arguments = [word for pair in zip(options, out) for word in pair]
+    assert main([str(cells), *arguments, "--workers", "0"]) == 1
+    assert "unreadable" in capsys.readouterr().out
+    assert "<script>" not in (tmp_path / "r.html").read_text()
+    assert ImageDataset(cells, exclude=tmp_path / "bad.txt").summary.excluded == 2
+
+
 def test_statistics_are_those_of_the_images(cells):
     audit = check([str(cells)])
     pixels = np.stack([np.asarray(Image.open(path)) for path in files(cells)]).reshape(-1, 3) / 255
