@@ -610,11 +610,22 @@ def get_args_parser(
     return parser
 
 
+def _prepare(args: argparse.Namespace) -> None:
+    """Find out that something cannot be written or drawn before hours of reading, not after."""
+    for path in filter(None, (args.report, args.json, args.csv, args.exclude_list)):
+        Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
+    if args.config_file:
+        from .report import make_augmentation  # imports what the check itself does not need
+
+        make_augmentation(args.config_file)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run `dinov2 check` and return its exit code."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
     try:
+        _prepare(args)
         audit = check(
             args.data,
             held_out=args.held_out,
@@ -627,7 +638,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.exit(2, f"dinov2 check: {error}\n")
     print("\n".join(summary_lines(audit)).encode(errors="backslashreplace").decode())  # names need not be UTF-8
     if args.report or args.show_crops:
-        from .report import write_report  # draws with the augmentation, which costs seconds to import
+        from .report import write_report
 
         path = args.report or "check.html"
         write_report(audit, path, show_crops=args.show_crops, config_file=args.config_file)

@@ -256,9 +256,16 @@ def _config(audit: Audit) -> str:
 
 
 def make_augmentation(config_file: str | None) -> DataAugmentationDINO:
-    """Return the augmentation of a training config; what it does not say keeps DINOv2's values."""
-    config = OmegaConf.to_container(OmegaConf.load(config_file), resolve=True) if config_file else {}
-    return DataAugmentationDINO(**{**_CROPS, **config.get("crops", {}), **config.get("augmentations", {})})
+    """Return the augmentation of a training config; what it does not say keeps DINOv2's values.
+
+    Raises:
+        ValueError: the file cannot be read, or an option is unknown or out of its range.
+    """
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(config_file), resolve=True) if config_file else {}
+        return DataAugmentationDINO(**{**_CROPS, **config.get("crops", {}), **config.get("augmentations", {})})
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{config_file}: {error}") from error
 
 
 def _crops(audit: Audit, count: int, config_file: str | None) -> str:

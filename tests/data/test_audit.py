@@ -272,6 +272,16 @@ def test_crops_follow_the_sections_of_the_config(tmp_path):
     assert make_augmentation(None).local_crops_number == 8
 
 
+@pytest.mark.parametrize("content", [None, "augmentations: {horizontal_flap: 0.5}", "augmentations: {hue: 9}"])
+def test_a_config_that_cannot_be_drawn_is_refused_before_the_images_are_read(tmp_path, capsys, content):
+    config = tmp_path / "c.yaml"
+    if content:
+        config.write_text(content)
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "not-looked-at"), "--show-crops", "1", "--config-file", str(config)])
+    assert "c.yaml: " in capsys.readouterr().err
+
+
 def test_the_real_cells_hold_no_exact_copies(shared_data):
     audit = check([str(shared_data / "raabin")])
     assert len(audit.records) == 320
