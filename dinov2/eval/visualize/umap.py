@@ -112,7 +112,7 @@ def _scatter(axes: Any, points: np.ndarray, values: np.ndarray, name: str) -> No
     """One panel; points are drawn in random order, so that no group hides another."""
     names, codes = np.unique(values, return_inverse=True)
     styles = group_styles(names.tolist())
-    size = float(np.clip(2500 / math.sqrt(max(len(points), 1)) / 3, 2, 40))
+    size = float(np.clip(600 / math.sqrt(max(len(points), 1)), 2, 36))
     order = np.random.default_rng(0).permutation(len(points))
     for chunk in np.array_split(order, min(8, max(1, len(order) // 50))):
         for code, group in enumerate(names):
