@@ -55,12 +55,11 @@ def draw_masks(
     draws = rng or random
     extra = {} if rng is None else {"rng": rng}
     bounds = _ratio_bounds(n_crops, mask_ratio_tuple, mask_probability)
-    counts = [int(n_tokens * draws.uniform(low, high)) for low, high in pairwise(bounds)]
-    counts += [0] * (n_crops - len(counts))
-    masks = [mask_generator(count, **extra).reshape(-1) for count in counts]
+    masks = [mask_generator(int(n_tokens * draws.uniform(low, high)), **extra) for low, high in pairwise(bounds)]
+    masks += [mask_generator(0, **extra) for _ in range(n_crops - len(masks))]
     draws.shuffle(masks)
 
-    stacked = np.stack(masks)
+    stacked = np.stack(masks).reshape(n_crops, n_tokens)
     flat_indices = np.flatnonzero(stacked)
     per_crop = stacked.sum(1)
     weights = np.repeat(1 / np.maximum(per_crop, 1), per_crop).astype(np.float32)
