@@ -51,10 +51,13 @@ class TrainBatches:
         cfg: a whole configuration.
         dataset: training images.
         device: where the batches go.
+        dtype: of the crops.
         start_iteration: optimizer steps already done; the stream goes on where that run left it.
     """
 
-    def __init__(self, cfg: Any, dataset: ImageDataset, *, device: torch.device, start_iteration: int = 0):
+    def __init__(
+        self, cfg: Any, dataset: ImageDataset, *, device: torch.device, dtype: torch.dtype, start_iteration: int = 0
+    ):
         self.device = device
         self.steps = cfg.train.gradient_accumulation_steps
         side = cfg.crops.global_crops_size // cfg.student.patch_size
@@ -70,7 +73,7 @@ class TrainBatches:
             mask_ratio_tuple=tuple(cfg.ibot.mask_ratio_min_max),
             mask_probability=cfg.ibot.mask_sample_probability,
             n_tokens=n_tokens,
-            dtype=torch.float32,
+            dtype=dtype,
             num_workers=cfg.train.num_workers,
             seed=cfg.train.seed,
             start_iteration=start_iteration * self.steps,

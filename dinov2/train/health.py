@@ -23,7 +23,9 @@ logger = logging.getLogger("dinov2")
 
 REPORTED_SCORES = ("accuracy", "macro_f1", "balanced_accuracy")
 MAX_IMAGES = 4096  # vital signs settle with a few thousand images
-# A healthy run keeps its features spread over many directions. Below these, experience says that all images look alike:
+# A healthy run spreads its features over many directions. These were set beforehand and then held against 16 short runs of
+# a vit_tiny on blood cells: those that learned had a spread above 0.3 and a rank above 6 by their second reading, those
+# that went nowhere stayed below 0.1 and 3.3. One run was still below at its first reading and recovered.
 COLLAPSE_SPREAD = 0.1  # of 1.0, the spread of directions drawn at random
 COLLAPSE_RANK = 3.0  # effective directions in use, of at most min(images, width)
 COLLAPSE_RANK_SHARE = 0.5  # of the highest rank seen in this run
@@ -130,8 +132,9 @@ class HealthMonitor:
         signs = {"rankme": self.rank_me(features), "feature_std": feature_std(features)}
         for problem in self.symptoms(signs) if alarm else ():
             logger.error(
-                f"ALARM: the features collapse: {problem}. Stop and lower optim.base_lr, raise the batch or "
-                "teacher.warmup_teacher_temp_epochs, or use train.centering=sinkhorn_knopp"
+                f"ALARM: the features collapse: {problem}. Early in a run this may pass; if the next reading says the "
+                "same, stop and lower optim.base_lr, raise the batch or teacher.warmup_teacher_temp_epochs, or use "
+                "train.centering=sinkhorn_knopp"
             )
         self.best_rank = max(self.best_rank, signs["rankme"])
         return signs

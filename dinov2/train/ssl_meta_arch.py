@@ -109,6 +109,12 @@ class SSLMetaArch(nn.Module):
         """Where the parameters are."""
         return next(self.parameters()).device
 
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """What crops are cast to before they travel to the device: on a GPU, the precision of both backbones."""
+        computes = {self.precision[role]["backbone"].compute for role in ("student", "teacher")}
+        return computes.pop() if self.device.type == "cuda" and len(computes) == 1 else torch.float32
+
     def forward(self, inputs: Any) -> None:
         """Not for use: training calls `forward_backward`, everything else the backbones."""
         raise NotImplementedError("call forward_backward, or one of the backbones")

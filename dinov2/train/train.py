@@ -131,7 +131,7 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, fl
     dataset = build_train_dataset(cfg)
     describe_data(cfg, dataset)
     start, stop = resume_or_start(cfg, checkpointer, resume), total_iterations(cfg)
-    batches = TrainBatches(cfg, dataset, device=model.device, start_iteration=start)
+    batches = TrainBatches(cfg, dataset, device=model.device, dtype=model.input_dtype, start_iteration=start)
     health = HealthMonitor(cfg, device=model.device, held_out=dataset.preserved_images)
     metrics = build_metric_logger(cfg)
     watch = StepWatch(model.device)
