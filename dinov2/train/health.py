@@ -23,7 +23,7 @@ logger = logging.getLogger("dinov2")
 
 REPORTED_SCORES = ("accuracy", "macro_f1", "balanced_accuracy")
 MAX_IMAGES = 4096  # vital signs settle with a few thousand images
-# A healthy run spreads its features over many directions. These were set beforehand and then held against 16 short runs of
+# A healthy run spreads its features over many directions. Set beforehand, then held against 16 short runs of
 # a vit_tiny on blood cells: those that learned had a spread above 0.3 and a rank above 6 by their second reading, those
 # that went nowhere stayed below 0.1 and 3.3. One run was still below at its first reading and recovered.
 COLLAPSE_SPREAD = 0.1  # of 1.0, the spread of directions drawn at random

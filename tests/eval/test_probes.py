@@ -54,6 +54,14 @@ def test_blocks_find_the_neighbours_that_one_matrix_finds(data, monkeypatch):
     torch.testing.assert_close(rows, expected.indices[:, :12])
 
 
+def test_faiss_finds_the_same_neighbours(data):
+    pytest.importorskip("faiss")
+    bank, queries = torch.from_numpy(data[0]), torch.from_numpy(data[2])
+    ours, theirs = (nearest_neighbours(bank, queries, 7, backend=name) for name in ("torch", "faiss"))
+    torch.testing.assert_close(ours[0], theirs[0], atol=1e-3, rtol=1e-4)
+    assert (ours[1] == theirs[1]).float().mean() > 0.99  # ties in rounding aside
+
+
 def test_a_query_of_the_bank_is_not_its_own_neighbour_even_when_it_has_a_twin():
     bank = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [1, 0], [1, 0.1], [0, 1]]), dim=1)
     _, rows = nearest_neighbours(bank, bank, 2, exclude_self=True)
