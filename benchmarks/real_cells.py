@@ -22,7 +22,11 @@ SETTINGS = [
     "--config-file=train/demo",
     "train.frac=0.2",
     "train.OFFICIAL_EPOCH_LENGTH=50",
-    "optim.epochs=22",
+    "optim.epochs=24",
+    "optim.base_lr=8e-3",
+    "teacher.momentum_teacher=0.95",
+    "student.layerscale=1.0",
+    "dino.koleo_loss_weight=0.02",
     "evaluation.eval_period_iterations=100",
     "checkpoint.period_iterations=100",
 ]

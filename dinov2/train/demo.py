@@ -18,6 +18,7 @@ from dinov2.train.train import main as train
 logger = logging.getLogger("dinov2")
 
 CONFIG = "train/demo"
+CLASSES = ("neutrophil", "eosinophil", "basophil", "lymphocyte", "monocyte", "erythroblast", "platelet", "blast")
 SCORES = {"knn_1_accuracy": "1-NN", "knn_20_accuracy": "20-NN", "linear_accuracy": "linear probe"}
 
 
@@ -52,7 +53,7 @@ def draw_cells(folder: Path, per_class: int, seed: int) -> None:
     """Training cells, and two labelled sets that are not trained on: one to fit the probes, one to score them."""
     for number, (part, count) in enumerate({"train": per_class, "fit": 40, "eval": 40}.items()):
         if not (folder / part).exists():
-            synthetic.generate(folder / part, per_class=count, seed=3 * seed + number)
+            synthetic.generate(folder / part, classes=CLASSES, per_class=count, seed=3 * seed + number)
 
 
 def training_arguments(cells: Path, run: Path, args: argparse.Namespace) -> list[str]:
