@@ -10,8 +10,9 @@ PACKAGE_ROOT = Path(__file__).resolve().parents[2]  # the folder that holds `din
 JOB_ID = "%j"  # in an output folder: the id of the job, of the whole array for a sweep
 JOB_FOLDER = "slurm"  # in the output folder: one folder per job with all that the launcher writes
 
-# A task that dies leaves the others waiting for it in a collective: they are ended after this time.
-SECONDS_AFTER_FIRST_EXIT = 60
+# A task that dies can leave others waiting for it in a collective: they are ended after this time. It is long enough
+# for rank 0 to finish a file that the others need not wait for.
+SECONDS_AFTER_FIRST_EXIT = 300
 
 _DIRECTIVES = {"tasks_per_node": "ntasks-per-node", "timeout_min": "time"}
 
@@ -118,7 +119,7 @@ def render(
         directives="\n".join(f"#SBATCH {_quoted(option)}" for option in options),
         title=title,
         cwd=os.getcwd(),
-        command_line=shlex.join(command_line),
+        command_line=shlex.join(command_line).replace("\n", "\\n"),
         run=run,
         job_folder=JOB_FOLDER,
         package_root=shlex.quote(str(PACKAGE_ROOT)),
