@@ -102,6 +102,17 @@ def test_what_the_package_imports_is_declared(metadata, on_import):
     assert undeclared == set()
 
 
+def test_an_error_names_an_extra_that_exists(metadata):
+    advice = re.compile(r"dinov2\[(\w+)\]|MissingExtra\(\"\w+\", \"(\w+)\"")
+    named = {
+        first or second
+        for path in PACKAGE.rglob("*.py")
+        for first, second in advice.findall(path.read_text(encoding="utf-8"))
+    }
+    assert named
+    assert named <= set(metadata.get_all("Provides-Extra"))
+
+
 def test_the_command_explains_itself():
     answer = subprocess.run([sys.executable, "-m", "dinov2", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
