@@ -288,8 +288,8 @@ class UintCrops:
 
 
 def _as_bits(crops: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The crops as numpy arrays `(N, 3, H * W)`, as 16-bit words or as float32; the other one is empty."""
+    """The crops as numpy arrays `(N, 3, H * W)`, as 16-bit words or as float32; the other one has no pixels."""
     flat = crops.detach().flatten(2)
     if crops.dtype == torch.float32:
-        return np.empty((0, 3, 0), np.uint16), flat.numpy()
-    return flat.view(torch.int16).numpy().view(np.uint16), np.empty((0, 3, 0), np.float32)
+        return np.empty((1, 3, 0), np.uint16), flat.numpy()
+    return flat.view(torch.int16).numpy().view(np.uint16), np.empty((1, 3, 0), np.float32)

@@ -373,28 +373,34 @@ def _stain(block, count, factors):
 
 
 @_compiled
-def _emit(block, count, solarize, scale, offset, encoding, out16, out32, row, start):
-    """Solarise, normalise and cast a block into its place in the batch."""
-    for channel in range(3):
-        line = block[channel]
-        if solarize:
-            for i in range(count):
-                line[i] = f4(255) - line[i] if line[i] >= f4(SOLARIZE_THRESHOLD) else line[i]
-        a, b = scale[channel], offset[channel]
-        if encoding == FLOAT32:
-            target32 = out32[row, channel, start : start + count]
-            for i in range(count):
-                target32[i] = line[i] * a + b
-        elif encoding == FLOAT16:
-            target16 = out16[row, channel, start : start + count]
-            for i in range(count):
-                target16[i] = _half_bits(line[i] * a + b)
-        else:
-            target16 = out16[row, channel, start : start + count]
-            for i in range(count):
-                bits = _bits_of(line[i] * a + b)
-                bits += np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))  # to nearest, ties to even
-                target16[i] = np.uint16(bits >> np.uint32(16))
+def _emit(line, count, solarize, scale, offset, encoding, target16, target32, start):
+    """Solarise, normalise and cast pixels of one channel into their place in the batch."""
+    if solarize:
+        for i in range(count):
+            line[i] = f4(255) - line[i] if line[i] >= f4(SOLARIZE_THRESHOLD) else line[i]
+    if encoding == FLOAT32:
+        out32 = target32[start : start + count]
+        for i in range(count):
+            out32[i] = line[i] * scale + offset
+    elif encoding == FLOAT16:
+        out16 = target16[start : start + count]
+        for i in range(count):
+            out16[i] = _half_bits(line[i] * scale + offset)
+    else:
+        out16 = target16[start : start + count]
+        for i in range(count):
+            bits = _bits_of(line[i] * scale + offset)
+            bits += np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))  # to nearest, ties to even
+            out16[i] = np.uint16(bits >> np.uint32(16))
+
+
+@_compiled
+def _emit_plane(plane, solarize, scale, offset, encoding, target16, target32, line):
+    for start in range(0, len(plane), BLOCK):
+        pixels = plane[start : start + BLOCK]
+        for i in range(len(pixels)):
+            line[i] = f4(pixels[i])
+        _emit(line, len(pixels), solarize, scale, offset, encoding, target16, target32, start)
 
 
 @_compiled
@@ -431,13 +437,16 @@ def _load_block(source, crop, size, first_row, rows, block, scratch):
 
 @_compiled
 def _blur_taps(sigma):
+    """The middle tap and the four beside it; the outer two are left out where they add less than a quarter level."""
     taps = np.empty(BLUR_RADIUS + 1, np.float32)
-    total = 0.0
-    for i in range(-BLUR_RADIUS, BLUR_RADIUS + 1):
-        total += math.exp(-0.5 * (i / sigma) ** 2)
     for i in range(BLUR_RADIUS + 1):
-        taps[i] = math.exp(-0.5 * (i / sigma) ** 2) / total
-    return taps
+        taps[i] = math.exp(-0.5 * (i / sigma) ** 2)
+    outer = taps[3] + taps[4]
+    inner = taps[0] + 2 * (taps[1] + taps[2])
+    if outer < 5e-4 * inner:
+        taps[3] = taps[4] = f4(0)
+        outer = f4(0)
+    return taps / f4(inner + 2 * outer)
 
 
 @_compiled
@@ -456,6 +465,10 @@ def _blur_row(plane, start, size, taps, padded, out):
         padded[BLUR_RADIUS - i] = padded[BLUR_RADIUS + i]
         padded[BLUR_RADIUS + size - 1 + i] = padded[BLUR_RADIUS + size - 1 - i]
     t0, t1, t2, t3, t4 = taps[0], taps[1], taps[2], taps[3], taps[4]
+    if t3 == f4(0):
+        for i in range(size):
+            out[i] = t0 * padded[i + 4] + t1 * (padded[i + 3] + padded[i + 5]) + t2 * (padded[i + 2] + padded[i + 6])
+        return
     for i in range(size):
         near = t0 * padded[i + 4] + t1 * (padded[i + 3] + padded[i + 5]) + t2 * (padded[i + 2] + padded[i + 6])
         out[i] = near + t3 * (padded[i + 1] + padded[i + 7]) + t4 * (padded[i] + padded[i + 8])
@@ -471,31 +484,30 @@ def _blur_column(ring, middle, size, taps, line):
     t0, t1, t2, t3, t4 = taps[0], taps[1], taps[2], taps[3], taps[4]
     # Two loops: LLVM vectorises none with more than eight rows that it must prove apart from the target.
     for i in range(size):
-        line[i] = t0 * ring[k4, i] + t1 * (ring[k3, i] + ring[k5, i]) + t2 * (ring[k2, i] + ring[k6, i])
+        near = t0 * ring[k4, i] + t1 * (ring[k3, i] + ring[k5, i]) + t2 * (ring[k2, i] + ring[k6, i])
+        line[i] = near + f4(0.5)
+    if t3 > f4(0):
+        for i in range(size):
+            line[i] += t3 * (ring[k1, i] + ring[k7, i]) + t4 * (ring[k0, i] + ring[k8, i])
     for i in range(size):
-        far = t3 * (ring[k1, i] + ring[k7, i]) + t4 * (ring[k0, i] + ring[k8, i])
-        line[i] = np.floor(line[i] + far + f4(0.5))
+        line[i] = np.floor(line[i])
 
 
 @_compiled
-def _blur_and_emit(planes, size, crop, scale, offset, encoding, out16, out32, row, block):
+def _blur_plane(plane, size, taps, solarize, scale, offset, encoding, target16, target32, line, padded, ring):
+    """Blur one channel, keeping the horizontally blurred rows around the current one in the ring."""
     window = 2 * BLUR_RADIUS + 1
-    taps = _blur_taps(crop.sigma)
-    padded = np.empty(size + 2 * BLUR_RADIUS, np.float32)
-    rings = _aligned_rows(3 * window, size)  # per channel, the horizontally blurred rows around the current one
     for y in range(-BLUR_RADIUS, size + BLUR_RADIUS):
-        for channel in range(3):
-            blurred = rings[channel * window + (y + BLUR_RADIUS) % window]
-            _blur_row(planes[channel], _mirror(y, size) * size, size, taps, padded, blurred)
+        _blur_row(plane, _mirror(y, size) * size, size, taps, padded, ring[(y + BLUR_RADIUS) % window])
         middle = y - BLUR_RADIUS
         if middle >= 0:
-            for channel in range(3):
-                _blur_column(rings[channel * window : (channel + 1) * window], middle, size, taps, block[channel])
-            _emit(block, size, crop.solarize, scale, offset, encoding, out16, out32, row, middle * size)
+            _blur_column(ring, middle, size, taps, line)
+            _emit(line, size, solarize, scale, offset, encoding, target16, target32, middle * size)
 
 
 @_compiled
-def _render_crop(source, crop, size, scale, offset, encoding, out16, out32, row, block, planes, scratch):
+def _colour_planes(source, crop, size, block, planes, scratch):
+    """Everything before the blur, into uint8 planes."""
     area = size * size
     rows_at_once = max(1, BLOCK // size)
     stained = crop.stain[0] != f4(1) or crop.stain[1] != f4(1) or crop.stain[2] != f4(1)
@@ -517,7 +529,6 @@ def _render_crop(source, crop, size, scale, offset, encoding, out16, out32, row,
             total += _luma_sum(block, count)
             _store_planes(block, count, planes, first_row * size)
         mean = f4(int(total / area + 0.5))
-    blurred = crop.sigma > f4(0)
     for first_row in range(0, size, rows_at_once):
         rows = min(rows_at_once, size - first_row)
         start, count = first_row * size, rows * size
@@ -531,12 +542,7 @@ def _render_crop(source, crop, size, scale, offset, encoding, out16, out32, row,
                 _stain(block, count, crop.stain)
         if crop.grayscale:
             _grayscale(block, count)
-        if blurred:
-            _store_planes(block, count, planes, start)
-        else:
-            _emit(block, count, crop.solarize, scale, offset, encoding, out16, out32, row, start)
-    if blurred:
-        _blur_and_emit(planes, size, crop, scale, offset, encoding, out16, out32, row, block)
+        _store_planes(block, count, planes, start)
 
 
 @_compiled
@@ -557,5 +563,20 @@ def render_crops(sources, crops, size, scale, offset, encoding, out16, out32, ro
     block = _aligned_rows(3, max(BLOCK, size))
     planes = np.empty((3, size * size), np.uint8)
     scratch = np.empty(size, np.float32)
+    padded = np.empty(size + 2 * BLUR_RADIUS, np.float32)
+    ring = _aligned_rows(2 * BLUR_RADIUS + 1, size)
     for i in range(len(crops)):
-        _render_crop(sources[i], crops[i], size, scale, offset, encoding, out16, out32, rows[i], block, planes, scratch)
+        crop, row = crops[i], rows[i]
+        _colour_planes(sources[i], crop, size, block, planes, scratch)
+        taps = _blur_taps(crop.sigma) if crop.sigma > f4(0) else padded
+        # One channel after the other: the memory system keeps up with one stream of stores, not with three.
+        for c in range(3):
+            a, b, line = scale[c], offset[c], block[0]
+            target16 = out16[row, c] if encoding != FLOAT32 else out16[0, 0]
+            target32 = out32[row, c] if encoding == FLOAT32 else out32[0, 0]
+            if crop.sigma > f4(0):
+                _blur_plane(
+                    planes[c], size, taps, crop.solarize, a, b, encoding, target16, target32, line, padded, ring
+                )
+            else:
+                _emit_plane(planes[c], crop.solarize, a, b, encoding, target16, target32, line)
