@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,6 +104,20 @@ def _check_groups(table: FeatureTable, folds: int) -> None:
             )
 
 
+def hold_out(labels: np.ndarray, groups: Sequence[str], share: float) -> np.ndarray:
+    """Training rows to choose settings on, as a mask (N,): a share of each class, in whole groups if there are any.
+
+    Settings that were chosen on images of patients that the classifier knows would be too confident about new ones.
+    """
+    parts = round(1 / share)
+    if len(set(groups)) < parts:
+        return stratified_share(labels, share, seed=0)
+    held = np.zeros(len(labels), bool)
+    splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=0)
+    held[next(splitter.split(labels, labels, groups))[1]] = True
+    return held
+
+
 # --------------------------------------------------------------------------- classifiers
 
 
@@ -120,11 +135,15 @@ class Classifier:
     C: float = 1.0  # of logistic regression
 
     @staticmethod
-    def choose(method: str, features: np.ndarray, labels: np.ndarray, num_classes: int) -> Classifier:
+    def choose(
+        method: str, features: np.ndarray, labels: np.ndarray, groups: Sequence[str], num_classes: int
+    ) -> Classifier:
         """The classifier of a name in `method_names`, its settings chosen on these training rows alone."""
         if method != "log_regression":
             return Classifier(method, num_classes)
-        return Classifier(method, num_classes, C=choose_C(features, labels, num_classes))
+        return Classifier(
+            method, num_classes, C=choose_C(features, labels, num_classes, tune=hold_out(labels, groups, 0.1))
+        )
 
     def predict(self, train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray) -> np.ndarray:
         """Class probabilities (M, C)."""
@@ -187,12 +206,14 @@ def cross_validate(
     The temperature of a split is fitted on a fifth of its training rows, predicted by a classifier of the same settings
     fitted on the rest: no tested image has a say in its own calibration.
     """
+    groups = np.array([group or path for group, path in zip(table.groups, table.paths)], dtype=object)
     parts = []
     for number, split in enumerate(splits):
         x, y, test = table.features[split.train], table.labels[split.train], table.features[split.test]
-        classifier = Classifier.choose(method, x, y, len(table.classes))
+        own_groups = groups[split.train] if len(groups) else ()
+        classifier = Classifier.choose(method, x, y, own_groups, len(table.classes))
         probabilities = classifier.predict(x, y, test)
-        held = stratified_share(y, 0.2, seed=0)
+        held = hold_out(y, own_groups, 0.2)
         inner = classifier.predict(x[~held], y[~held], x[held])
         temperature = fit_temperature(classifier.smooth(inner), y[held])
         calibrated = apply_temperature(classifier.smooth(probabilities), temperature)
@@ -489,7 +510,7 @@ def run(args: argparse.Namespace) -> Report | None:
         outcomes=outcomes,
         method_names=method_names(args.k),
         batch_effects=effects,
-        left_out={name: n for part in left_out for name, n in part.items()},
+        left_out=dict(sum(map(Counter, left_out), Counter())),  # of both data sets
         settings=vars(args),
         seed=args.seed,
     )

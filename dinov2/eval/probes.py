@@ -272,16 +272,17 @@ def choose_C(
     *,
     powers: Sequence[float] = LOG_REGRESSION_POWERS,
     max_iter: int = 1000,
-    seed: int = 0,
+    tune: np.ndarray | None = None,
 ) -> float:
-    """The C of logistic regression: fitted on nine tenths of the rows of each class, it has to do well on the tenth.
+    """The C of logistic regression: fitted on the other rows, it has to do well on those of the mask `tune` (N,).
 
-    Every power of ten in `powers` is tried, each fit starting from the one before; the smallest C with the highest
-    accuracy wins. DINOv2 tries 45 powers, and so does `dinov2.eval.log_regression`.
+    Without a mask a tenth of each class is drawn. Every power of ten in `powers` is tried, each fit starting from the
+    one before; the smallest C with the highest accuracy wins. DINOv2 tries 45 powers, and so does
+    `dinov2.eval.log_regression`.
     """
     x = torch.as_tensor(np.asarray(train_features, np.float64))
     y = torch.as_tensor(np.asarray(train_labels, np.int64))
-    tune = stratified_share(np.asarray(train_labels), 0.1, seed)
+    tune = stratified_share(np.asarray(train_labels), 0.1, seed=0) if tune is None else tune
     problem = SoftmaxProblem(x[~tune], y[~tune], num_classes)
     best_accuracy, best_C, model = -1.0, 1.0, None
     for power in sorted(powers):

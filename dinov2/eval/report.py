@@ -258,7 +258,8 @@ def as_markdown(report: Report, pictures: Mapping[str, Sequence[str]]) -> str:
     if report.left_out:
         lines.append(f"Left out on request: {', '.join(f'{k} ({n} images)' for k, n in report.left_out.items())}.")
     if table.unreadable:
-        lines.append(f"**{len(table.unreadable)} images could not be read** and are not scored: `unreadable.csv`.")
+        count = len(table.unreadable)
+        lines.append(f"**Could not be read, and are not scored: {count} image(s)**, see `unreadable.csv`.")
     resampled = "patients or slides" if len(table.groups) else "images"
     lines += [
         "",

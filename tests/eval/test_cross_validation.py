@@ -18,6 +18,7 @@ from dinov2.eval.cross_validation import (
     check_label_map,
     colour_histogram,
     cross_validate,
+    hold_out,
     main,
     make_folds,
     read_label_map,
@@ -81,6 +82,15 @@ def test_one_class_is_nothing_to_tell_apart():
 def test_fewer_patients_than_folds_are_refused():
     with pytest.raises(ValueError, match=r"2 groups .* cannot make 5 folds"):
         make_folds(table(groups=[f"p{i % 2}" for i in range(90)]), 5)
+
+
+def test_settings_are_chosen_on_patients_that_the_classifier_does_not_know():
+    labels = np.arange(60) % 3
+    groups = np.array([f"patient{i // 5}" for i in range(60)])
+    held = hold_out(labels, groups, 0.2)
+    assert 0 < held.sum() < 30
+    assert not set(groups[held]) & set(groups[~held])
+    assert hold_out(labels, (), 0.2).sum() == 12  # four of each class
 
 
 # --------------------------------------------------------------------------- scores
@@ -208,7 +218,7 @@ def test_evaluate_writes_its_report_and_extracts_features_once(tmp_path, weights
     assert sorted({row["fold"] for row in folds}) == ["0", "1", "2"]
     assert len(folds) == 31
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "1 images could not be read" in text
+    assert "Could not be read, and are not scored: 1 image(s)" in text
     for line in text.splitlines():
         if line.startswith("!["):
             assert (tmp_path / "report" / line.split("(")[1].rstrip(")")).stat().st_size > 5000
