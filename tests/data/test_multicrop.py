@@ -30,7 +30,7 @@ class Pictures:
         if index in self.bad:
             raise UnreadableImage(f"/cells/{index}.jpg", "ends too early")
         image = np.random.default_rng(index).integers(0, 60, (40, 48, 3), dtype=np.uint8)
-        image[..., 0] = 4 * index
+        image[..., 0] = 4 * index % 256
         return image
 
 
@@ -217,6 +217,12 @@ def test_the_rest_of_the_batch_is_as_if_the_image_had_been_readable():
 def test_too_large_a_share_of_unreadable_images_stops_the_run_with_their_names():
     with pytest.raises(TooManyUnreadable, match=r"max_unreadable_share=0.05.*(\n.*)*/cells/\d+\.jpg"):
         first(20, dataset=Pictures(unreadable=range(10)), max_unreadable_share=0.05)
+
+
+def test_bad_luck_in_the_first_pass_does_not_stop_a_run():
+    in_order = PermutedStream(1000, 5)[np.arange(1000)]
+    first_images = Pictures(1000, unreadable=in_order[np.arange(0, 180, 30)])  # 3 % of 200, 0.6 % of all
+    assert len(first(50, dataset=first_images, max_unreadable_share=0.01)) == 50
 
 
 def test_a_few_unreadable_images_never_stop_a_run():
