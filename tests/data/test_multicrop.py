@@ -221,8 +221,8 @@ def test_too_large_a_share_of_unreadable_images_stops_the_run_with_their_names()
 
 def test_bad_luck_in_the_first_pass_does_not_stop_a_run():
     in_order = PermutedStream(1000, 5)[np.arange(1000)]
-    first_images = Pictures(1000, unreadable=in_order[np.arange(0, 180, 30)])  # 3 % of 200, 0.6 % of all
-    assert len(first(50, dataset=first_images, max_unreadable_share=0.01)) == 50
+    first_images = Pictures(1000, unreadable=in_order[np.arange(0, 240, 40)])  # 2.5 % of 240, 0.6 % of all
+    assert len(first(60, dataset=first_images, max_unreadable_share=0.01)) == 60
 
 
 def test_a_few_unreadable_images_never_stop_a_run():
