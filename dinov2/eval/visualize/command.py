@@ -1,4 +1,4 @@
-"""`dinov2 visualize`: pictures of what a model sees, one command each."""
+"""Pictures of what a model sees, one command each: `dinov2 visualize umap|pca|attention|neighbors`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     """The command line of `dinov2 visualize`."""
-    parser = argparse.ArgumentParser("dinov2 visualize", description=__doc__.splitlines()[0], add_help=add_help)
+    parser = argparse.ArgumentParser("dinov2 visualize", description="Draw what a model sees.", add_help=add_help)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="umap|pca|attention|neighbors")
     for name, (what, add_arguments, draw) in _KINDS.items():
         child = kinds.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")

@@ -147,7 +147,7 @@ def plot_neighbours(
             Panel(read(row), f"{cosine:.2f} {names[row]}", _frame(names[row], names[query]))
             for row, cosine in zip(neighbours.tolist(), similar)
         ]
-        rows.append(GridRow([Panel(read(query), names[query]), *panels], names[query]))
+        rows.append(GridRow([Panel(read(query)), *panels], names[query]))
     columns = ["query", *(f"neighbour {i + 1}" for i in range(found.shape[1]))]
     title = title or "Nearest neighbours by cosine (blue: same class, orange: another)"
     return draw_grid(rows, column_titles=columns, title=title)
