@@ -180,7 +180,8 @@ def test_a_cancelled_job_stays_cancelled(slurm, config, tmp_path, capsys):
     slurm.wait("the first steps", has_begun(output))
     subprocess.run(["scancel", job], check=True)
     slurm.wait_for_state(job, "CANCELLED")
-    slurm.wait("its script to end", lambda: "exit code 75" in (output / "slurm" / job / "batch.log").read_text())
+    slurm.wait("its processes to end", lambda: not subprocess.check_output(["squeue", "--noheader", "--jobs", job]))
+    assert slurm.field(job, "JobState") == "CANCELLED"
     assert slurm.field(job, "Restarts") == "0"
 
 
