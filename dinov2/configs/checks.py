@@ -1,11 +1,12 @@
 """A configuration is refused before any work starts, with every problem named at once and a fix for each."""
 
 import difflib
+import glob
 import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -449,6 +450,9 @@ def _weights_problems(cfg: DictConfig) -> Iterator[str]:
             yield f"{key}={source}: no such file; give a weights file, hf:owner/model or one of {names}{hint}"
 
 
+DATA_FILES = (".csv", ".tsv", ".parquet", ".tar")  # what train.dataset_path takes beside folders
+
+
 def _is_dataset_string(dataset_path: Any) -> bool:
     """Return whether a dataset path is upstream's `Name:key=value:…` rather than a folder."""
     return isinstance(dataset_path, str) and re.match(r"[A-Za-z]\w*:\w+=", dataset_path) is not None
@@ -464,13 +468,22 @@ def _data_problems(cfg: DictConfig) -> Iterator[str]:
         yield from _dataset_string_problems(train.dataset_path, how)
     else:
         for folder in _as_list(train.dataset_path):
-            if not Path(folder).is_dir():
-                said = "is a file, not a folder" if Path(folder).exists() else "does not exist"
-                yield f"train.dataset_path: {folder} {said}; {how}"
-    given = [os.path.realpath(folder) for folder in _as_list(train.dataset_path)]
+            path = str(folder.get("path", "") if isinstance(folder, Mapping) else folder)
+            if Path(path).is_dir() or (Path(path).exists() and path.lower().endswith(DATA_FILES)) or glob.glob(path):
+                continue
+            said = "is neither a folder nor a manifest or shard" if Path(path).exists() else "does not exist"
+            yield f"train.dataset_path: {path} {said}; {how}"
+    given = [
+        os.path.realpath(folder.get("path", "") if isinstance(folder, Mapping) else folder)
+        for folder in _as_list(train.dataset_path)
+    ]
     for folder in train.path_preserved:
-        if os.path.realpath(folder) not in given:
-            yield f"train.path_preserved: {folder} is not among train.dataset_path: add it there, or leave it out here"
+        inside = os.path.realpath(folder)
+        if not any(inside == path or inside.startswith(path + os.sep) for path in given):
+            yield (
+                f"train.path_preserved: {folder} is not among train.dataset_path, nor in one of its folders: "
+                "add it there, or leave it out here"
+            )
     if train.exclude and not Path(train.exclude).is_file():
         yield f"train.exclude={train.exclude}: no such file; give a text file with one image path a line, or nothing"
 

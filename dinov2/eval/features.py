@@ -222,7 +222,9 @@ def prepare_image(image: np.ndarray, image_size: int) -> Tensor:
     The shorter side is resized to 256/224 of `image_size` (bicubic, antialiased) and the middle is kept. Other types
     than uint8 (microscopy with its own values) become float32.
     """
-    image = image if image.dtype == np.uint8 else image.astype(np.float32)
+    if image.dtype != np.uint8:  # as in training: the whole range of an integer type is 0 to 1
+        largest = np.iinfo(image.dtype).max if np.issubdtype(image.dtype, np.integer) else 1
+        image = image.astype(np.float32) / largest
     image = np.require(image, requirements=["C", "W"])  # a mapped file is copied: torch takes what may be written to
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]  # channels last: the fast kernel
     height, width = image.shape[:2]

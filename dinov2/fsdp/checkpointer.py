@@ -74,6 +74,7 @@ class FSDPCheckpointer:
         # A group of its own: the files are written, and agreed on, while training uses the default one.
         self._group = dist.new_group(backend="gloo") if asynchronous and get_global_size() > 1 else None
         self._pending: Future | None = None
+        self.last_save_failed = False
         self._finisher = ThreadPoolExecutor(max_workers=1)
         if save_to_disk and is_main_process():
             self._prepare_folder()
@@ -86,6 +87,7 @@ class FSDPCheckpointer:
         if not self.save_to_disk:
             return
         self.wait()
+        self.last_save_failed = False
         partial = self.save_dir / f".{name}.partial"
         state = self._state()
         if self.asynchronous:
@@ -110,6 +112,11 @@ class FSDPCheckpointer:
             self._pending = None
             barrier()
 
+    def close(self) -> None:
+        """Let what is being written be finished, without asking the other ranks; for the end, however it comes."""
+        if self._pending is not None:
+            self._pending.result()
+
     def resume_or_load(self, path: str = "", *, resume: bool = True) -> dict[str, Any]:
         """Restore the newest good checkpoint (`resume`) or the one at `path`; return its extras, {} if there is none.
 
@@ -128,15 +135,19 @@ class FSDPCheckpointer:
         problem = broadcast_object(find_damage(path) if is_main_process() else None)
         if problem:
             raise CheckpointError(f"checkpoint {path}: {problem}")
+        extra = json.loads((path / INDEX).read_text())["extra"]
         saved = set(dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
+        if extra["world_size"] != get_global_size():
+            logger.info("the checkpoint is of %d processes: random states start anew", extra["world_size"])
+            saved = {key for key in saved if not key.startswith("random.")}
         state = self._state(saved)
         if missing := sorted(key for key in _flat_keys(state) if key not in saved):
             raise CheckpointError(f"checkpoint {path} has no {missing[0]} ({len(missing)} missing): another model's?")
-        dcp.load(state, checkpoint_id=path, no_dist=get_global_size() == 1)
+        try:
+            dcp.load(state, checkpoint_id=path, no_dist=get_global_size() == 1)
+        except (dcp.CheckpointException, ValueError) as error:
+            raise CheckpointError(f"checkpoint {path} does not fit the model: {error}") from error
         self._restore(state)
-        extra = json.loads((path / INDEX).read_text())["extra"]
-        if extra["world_size"] != get_global_size():
-            logger.info("the checkpoint is of %d processes: random states start anew", extra["world_size"])
         return extra
 
     def set_aside(self) -> None:
@@ -218,11 +229,11 @@ class FSDPCheckpointer:
             raise CheckpointError(f"cannot write checkpoints to {self.save_dir}: {error}") from error
 
     @staticmethod
-    def _try(write: Callable[[], Any]) -> Exception | None:
+    def _try(write: Callable[[], Any]) -> BaseException | None:
         """What went wrong, if anything: a run is worth more than one of its checkpoints."""
         try:
             write()
-        except Exception as error:
+        except (Exception, dcp.CheckpointException) as error:  # PyTorch's own is no Exception
             return error
         return None
 
@@ -244,10 +255,12 @@ class FSDPCheckpointer:
         partial.rename(final)
         _sync(self.save_dir)
         self.tag_last_checkpoint(name)
-        self._remove_old()
         logger.info("saved %s", final)
+        if failure := self._try(self._remove_old):
+            logger.warning("old checkpoints in %s could not be cleared away: %s", self.save_dir, failure)
 
-    def _give_up(self, partial: Path, name: str, error: Exception | None) -> None:
+    def _give_up(self, partial: Path, name: str, error: BaseException | None) -> None:
+        self.last_save_failed = True
         reason = error or "another process failed"
         logger.error("checkpoint %s was NOT saved, those before it are untouched: %s", self.save_dir / name, reason)
         if is_main_process():

@@ -38,6 +38,7 @@ class ShardedGradScaler:
         self.good_steps = torch.where(found_inf > 0, 0.0, self.good_steps + 1)
         grow = self.good_steps >= self.growth_interval
         self.scale_factor *= torch.where(found_inf > 0, 0.5, torch.where(grow, 2.0, 1.0))
+        self.scale_factor.clamp_(min=1.0)
         self.good_steps = torch.where(grow, 0.0, self.good_steps)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -129,14 +129,14 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def clip_gradients(module: nn.Module, max_norm: Tensor | float) -> Tensor:
-    """Scale the gradients of `module` in place so that their L2 norm is at most `max_norm`; 0 only measures.
+def clip_gradients(module: nn.Module, max_norm: Tensor | float | None) -> Tensor:
+    """Scale the gradients of `module` in place so that their L2 norm is at most `max_norm`; None only measures.
 
     Returns:
         The norm before clipping, over all processes, a 0-d float tensor. Nothing waits for the device.
     """
     parameters = [p for p in module.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    if isinstance(max_norm, Tensor) or max_norm > 0:
+    if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

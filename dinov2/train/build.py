@@ -12,6 +12,7 @@ import torch
 from dinov2.data import DataAugmentationDINO, ImageDataset, MaskingGenerator, MultiCropLoader, make_custom_dataset
 from dinov2.data.cache import cache_decoded
 from dinov2.data.collate import Batch
+from dinov2.data.datasets.registry import is_dataset_string, parse_dataset_string
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process
 from dinov2.train.schedules import total_iterations
 from dinov2.utils.config import get_effective_batch_size
@@ -22,13 +23,21 @@ logger = logging.getLogger("dinov2")
 def build_train_dataset(cfg: Any) -> ImageDataset:
     """The images of `train.dataset_path`, less those held out."""
     return make_custom_dataset(
-        cfg.train.dataset_path,
+        image_folders(cfg.train.dataset_path),
         path_preserved=cfg.train.path_preserved,
         frac=cfg.train.frac,
         exclude=cfg.train.exclude,
         in_chans=cfg.student.in_chans,
         cache_dir=cfg.train.cache_dir,
     )
+
+
+def image_folders(dataset_path: Any) -> Any:
+    """The folder that a data set string such as `ImageNet:split=TRAIN:root=R:extra=E` means; paths as they are."""
+    if not isinstance(dataset_path, str) or not is_dataset_string(dataset_path):
+        return dataset_path
+    _, options = parse_dataset_string(dataset_path)
+    return Path(options["root"]) / options["split"].value if "split" in options else Path(options["root"])
 
 
 def build_augmentation(cfg: Any) -> DataAugmentationDINO:

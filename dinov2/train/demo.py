@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from dinov2.data import synthetic
 from dinov2.train.train import main as train
-
-logger = logging.getLogger("dinov2")
 
 CONFIG = "train/demo"
 CLASSES = ("neutrophil", "eosinophil", "basophil", "lymphocyte", "monocyte", "erythroblast", "platelet", "blast")
@@ -36,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Draw, train, score, and say where everything is; return the exit code of the training."""
     args = get_args_parser().parse_args(argv)
     start = time.monotonic()
-    cells, run = args.out / "cells", args.out / "run"
+    folder = args.out / f"seed{args.seed}"
+    cells, run = folder / f"cells_{args.per_class}", folder / "run"
     draw_cells(cells, args.per_class, args.seed)
     drawn = time.monotonic()
     code = train(training_arguments(cells, run, args))
@@ -51,9 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def draw_cells(folder: Path, per_class: int, seed: int) -> None:
     """Training cells, and two labelled sets that are not trained on: one to fit the probes, one to score them."""
+    if folder.exists():
+        return
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     for number, (part, count) in enumerate({"train": per_class, "fit": 40, "eval": 40}.items()):
-        if not (folder / part).exists():
-            synthetic.generate(folder / part, classes=CLASSES, per_class=count, seed=3 * seed + number)
+        synthetic.generate(partial / part, classes=CLASSES, per_class=count, seed=3 * seed + number)
+    partial.rename(folder)
 
 
 def training_arguments(cells: Path, run: Path, args: argparse.Namespace) -> list[str]:

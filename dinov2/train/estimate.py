@@ -16,7 +16,6 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import OmegaConf
 
 from dinov2.configs import check
 from dinov2.data import MaskingGenerator
@@ -89,14 +88,14 @@ def measure_step(cfg: Any, model: SSLMetaArch, images: int, steps: int = 5, warm
     model.train()
     optimizer = build_optimizer(cfg, model.get_params_groups())
     apply_optim_scheduler(optimizer, 1e-6, 0.04, 1e-6)
-    batch = noise_batch(cfg, images, device)
+    batches = [noise_batch(cfg, images, device)] * cfg.train.gradient_accumulation_steps
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        losses = accumulate_gradients(model, [batch], teacher_temp=0.05)
-        clip_and_step(optimizer, model, losses, cfg.optim.clip_grad)
+        accumulate_gradients(model, batches, teacher_temp=0.05)
+        clip_and_step(optimizer, model, cfg.optim.clip_grad)
         model.update_teacher(0.999)
 
     for _ in range(warmup):
@@ -107,6 +106,7 @@ def measure_step(cfg: Any, model: SSLMetaArch, images: int, steps: int = 5, warm
         step()
     _wait(device)
     seconds = (time.perf_counter() - start) / steps
+    images *= len(batches)
     return StepCost(images, seconds, _peak_bytes(device), step_flops(model, cfg, images))
 
 
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Time steps of a configuration on this device and print what a run will cost."""
     args = get_args_parser().parse_args(argv)
     cfg = get_cfg_from_args(args)
-    check(OmegaConf.merge(cfg, {"train": {"dataset_path": "."}}))
+    check(cfg, for_training=False)
     apply_scaling_rules_to_cfg(cfg)
     model = build_model(cfg)
     print(report(cfg, model, measure_step(cfg, model, cfg.train.batch_size_per_gpu, args.steps), args.images))

@@ -79,7 +79,9 @@ class HealthMonitor:
         self.device = device
         self.linear_probe = bool(evaluation.linear_probe)
         self.fit, self.eval = (
-            LabelledDataset(path, in_chans=cfg.student.in_chans) if path else None
+            LabelledDataset(path, in_chans=cfg.student.in_chans, cache_dir=cfg.train.cache_dir or None)
+            if path
+            else None
             for path in (evaluation.fit_dataset_path, evaluation.eval_dataset_path)
         )
         self.held_out = (

@@ -7,6 +7,7 @@ torchrun --standalone --nproc_per_node=4 dinov2/train/train.py --config-file CON
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
@@ -90,20 +91,20 @@ def accumulate_gradients(model: SSLMetaArch, batches: Sequence[Any], teacher_tem
     return totals
 
 
-def clip_and_step(
-    optimizer: torch.optim.Optimizer, model: SSLMetaArch, losses: dict[str, Tensor], clip_grad: float
-) -> dict[str, Tensor]:
-    """Clip each sub-module's gradients and move the weights, unless a loss or a gradient is not finite.
+def clip_and_step(optimizer: torch.optim.Optimizer, model: SSLMetaArch, clip_grad: float) -> dict[str, Tensor]:
+    """Clip each sub-module's gradients (0: do not) and move the weights, unless a gradient is not finite.
 
-    Whether to skip is decided on the device, by numbers that are the same on all ranks, so the host does not wait.
+    Whether to skip is decided on the device, by norms that are the same on all ranks, so the host does not wait.
 
     Returns:
         The gradient norm of each sub-module before clipping.
     """
     scaler = model.fp16_scaler
     max_norm = clip_grad * scaler.scale_factor if scaler.enabled else clip_grad
-    norms = {name: clip_gradients(module, max_norm) for name, module in model.student.items()}
-    found_inf = (~torch.isfinite(sum(norms.values()) + sum(losses.values()))).float()
+    norms = {
+        name: clip_gradients(module, max_norm if clip_grad > 0 else None) for name, module in model.student.items()
+    }
+    found_inf = (~torch.isfinite(sum(norms.values()))).float()
     optimizer.found_inf, optimizer.grad_scale = found_inf, scaler.scale_factor
     optimizer.step()
     norms = {f"grad_norm_{name}": norm / scaler.scale_factor for name, norm in norms.items()}
@@ -131,7 +132,7 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, fl
     dataset = build_train_dataset(cfg)
     describe_data(cfg, dataset)
     start, stop = resume_or_start(cfg, checkpointer, resume), total_iterations(cfg)
-    batches = TrainBatches(cfg, dataset, device=model.device, dtype=model.input_dtype, start_iteration=start)
+    data = TrainBatches(cfg, dataset, device=model.device, dtype=model.input_dtype, start_iteration=start)
     health = HealthMonitor(cfg, device=model.device, held_out=dataset.preserved_images)
     metrics = build_metric_logger(cfg)
     watch = StepWatch(model.device)
@@ -139,32 +140,38 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, fl
     if start == 0:
         report_health(cfg, model, health, metrics, iteration=0)
 
-    with stop_on_signal() as stop_request:
+    with contextlib.closing(checkpointer), stop_on_signal() as stop_request:
         steps = metrics.log_every(
-            batches, cfg.train.log_period, "Training", stop, start, should_stop=lambda: watch.stop_agreed
+            data, cfg.train.log_period, "Training", stop, start, should_stop=lambda: watch.stop_agreed
         )
-        for iteration, images in enumerate(steps, start=start):
+        for iteration, batches in enumerate(steps, start=start):
             now = schedules.at(iteration)
             apply_optim_scheduler(optimizer, now.lr, now.weight_decay, now.last_layer_lr)
             if iteration < cfg.optim.freeze_backbone_epochs * cfg.train.OFFICIAL_EPOCH_LENGTH:
                 freeze_backbone(optimizer)
 
             optimizer.zero_grad(set_to_none=True)
-            losses = accumulate_gradients(model, images, now.teacher_temp)
-            losses = watch.observe(iteration, losses, stop=bool(stop_request))
-            grad_norms = clip_and_step(optimizer, model, losses, cfg.optim.clip_grad)
+            losses = accumulate_gradients(model, batches, now.teacher_temp)
+            grad_norms = clip_and_step(optimizer, model, cfg.optim.clip_grad)
             model.update_teacher(now.momentum)
+
+            # Under loss scaling a gradient that overflows is in order: the scale adapts.
+            watched = losses if model.fp16_scaler.enabled else {**losses, **grad_norms}
+            means = watch.observe(iteration, watched, stop=bool(stop_request))
+            losses = {name: means[name] for name in losses}
             metrics.update(total_loss=sum(losses.values()), **losses, **grad_norms, **schedule_metrics(now))
 
             done = iteration + 1
             interrupted = watch.stop_agreed and done < stop
             if interrupted or is_due(done, checkpoint_period(cfg), last=stop):
                 save(cfg, checkpointer, model, done)
-            if not interrupted and is_due(done, cfg.evaluation.eval_period_iterations, last=stop):
+            if done == stop or (not interrupted and is_due(done, cfg.evaluation.eval_period_iterations, last=stop)):
                 do_test(cfg, model, done)
                 report_health(cfg, model, health, metrics, iteration=done)
-    watch.finish()
-    checkpointer.wait()
+        watch.finish()
+        checkpointer.wait()
+    if checkpointer.last_save_failed:
+        raise CheckpointError("the last checkpoint could not be written, see the log; the one before it stands")
     if interrupted:
         raise TrainingInterrupted(f"stopped after {done} of {stop} iterations, as a signal asked; all is saved")
     return {name: meter.global_avg for name, meter in metrics.meters.items()}
@@ -190,7 +197,9 @@ def do_test(cfg: Any, model: SSLMetaArch, iteration: int | str) -> Path:
     weights = full_state_dict(model.teacher)
     if distributed.is_main_process():
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save({"teacher": weights}, folder / "teacher_checkpoint.pth")
+        partial = folder / ".teacher_checkpoint.partial"
+        torch.save({"teacher": weights}, partial)
+        partial.replace(folder / "teacher_checkpoint.pth")
         backbone = {key.removeprefix("backbone."): w for key, w in weights.items() if key.startswith("backbone.")}
         settings = OmegaConf.to_container(cfg, resolve=True)
         for suffix in (".pth", ".safetensors"):

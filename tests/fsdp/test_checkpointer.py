@@ -98,17 +98,25 @@ def test_a_half_written_checkpoint_is_not_taken_for_one_and_is_cleared_away(tmp_
     assert not list(tmp_path.glob(".*.partial"))
 
 
-def test_a_full_disk_costs_one_checkpoint_and_says_so(tmp_path, monkeypatch, caplog):
-    _, _, checkpointer = make(tmp_path)
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("where", ["shards", "index"])
+def test_a_full_disk_costs_one_checkpoint_and_says_so(tmp_path, monkeypatch, caplog, asynchronous, where):
+    _, _, checkpointer = make(tmp_path, asynchronous=asynchronous)
     checkpointer.save("model_0000000", iteration=1)
+    checkpointer.wait()
 
-    def full(path, text):
+    def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_write_synced", full)
+    if where == "shards":
+        monkeypatch.setattr(torch.distributed.checkpoint.FileSystemWriter, "write_data", full)
+    else:
+        monkeypatch.setattr(module, "_write_synced", full)
     with caplog.at_level("ERROR", logger="dinov2"):
         checkpointer.save("model_0000001", iteration=2)
+        checkpointer.wait()
     monkeypatch.undo()
+    assert checkpointer.last_save_failed
     assert "NOT saved" in caplog.text
     assert "No space left" in caplog.text
     assert checkpointer.resume_or_load()["iteration"] == 1

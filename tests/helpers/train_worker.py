@@ -61,7 +61,7 @@ def main(out, steps, strategy, centering, checkpoints=""):
         optimizer.zero_grad()
         terms = accumulate_gradients(model, [shard_of(make_batch(step), rank, world)], 0.05)
         terms = {name: distributed.mean_over_ranks(term) for name, term in terms.items()}
-        norms = clip_and_step(optimizer, model, terms, 3.0)
+        norms = clip_and_step(optimizer, model, 3.0)
         model.update_teacher(0.9)
         losses.append({"objective": objective(model, terms), **{k: float(v) for k, v in {**terms, **norms}.items()}})
     model.apply_center_updates()
