@@ -260,7 +260,7 @@ def test_check_raises_with_all_problems_and_returns_a_good_config(folders):
         (["train.dataset_path="], "still the default"),
         (["train.dataset_path={0}/none"], "{0}/none does not exist"),
         (["train.dataset_path=[{0}/a,{0}/none]"], "{0}/none does not exist"),
-        (["train.dataset_path={0}/file.txt"], "file.txt is a file, not a folder"),
+        (["train.dataset_path={0}/file.txt"], "file.txt is neither a folder nor a manifest or shard"),
         (["train.dataset_path=ImageNet:split=VAL"], "no :root="),
         (["train.dataset_path=ImageNet:split=VAL:root={0}/none"], "no such folder"),
         (["train.dataset_path={0}/a", "train.path_preserved={0}/b"], "{0}/b is not among train.dataset_path"),

@@ -14,6 +14,7 @@ def config(fit="", evaluation=""):
     return OmegaConf.create(
         {
             "student": {"in_chans": 3, "patch_size": 14},
+            "train": {"cache_dir": ""},
             "crops": {"global_crops_size": 56},
             "augmentations": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
             "evaluation": {
