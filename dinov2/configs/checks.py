@@ -469,9 +469,10 @@ def _data_problems(cfg: DictConfig) -> Iterator[str]:
     else:
         for folder in _as_list(train.dataset_path):
             path = str(folder.get("path", "") if isinstance(folder, Mapping) else folder)
-            if Path(path).is_dir() or (Path(path).exists() and path.lower().endswith(DATA_FILES)) or glob.glob(path):
+            matches = [path] if Path(path).exists() else glob.glob(path)
+            if matches and all(Path(m).is_dir() or m.lower().endswith(DATA_FILES) for m in matches):
                 continue
-            said = "is neither a folder nor a manifest or shard" if Path(path).exists() else "does not exist"
+            said = "is neither a folder nor a manifest or shard" if matches else "does not exist"
             yield f"train.dataset_path: {path} {said}; {how}"
     given = [
         os.path.realpath(folder.get("path", "") if isinstance(folder, Mapping) else folder)
