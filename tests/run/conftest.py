@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dinov2.run.follow import job_states
 
@@ -78,3 +79,29 @@ def slurm(cluster, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", cluster)
     yield Slurm()
     subprocess.run(["scancel", "--user", getpass.getuser()], check=True, env={**os.environ, "SLURM_CONF": cluster})
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, cell_folder):
+    """A configuration file of a training of seconds, 16 steps long."""
+    head = {"head_n_prototypes": 64, "head_hidden_dim": 32, "head_bottleneck_dim": 16}
+    sections = {
+        "train": {
+            "dataset_path": [str(cell_folder)],
+            "batch_size_per_gpu": 4,
+            "OFFICIAL_EPOCH_LENGTH": 16,
+            "num_workers": 1,
+            "log_period": 1,
+            "device": "cpu",
+        },
+        "student": {"arch": "vit_tiny", "patch_size": 14, "drop_path_rate": 0.0},
+        "dino": head,
+        "ibot": head,
+        "optim": {"epochs": 1, "warmup_epochs": 0, "freeze_last_layer_epochs": 0},
+        "teacher": {"warmup_teacher_temp_epochs": 1},
+        "crops": {"global_crops_size": 28, "local_crops_size": 14, "local_crops_number": 2},
+        "evaluation": {"eval_period_iterations": 0},
+    }
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    return path

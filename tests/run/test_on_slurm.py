@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from omegaconf import OmegaConf
 
 from dinov2.run.train.train import main
@@ -17,40 +16,14 @@ from dinov2.run.train.train import main
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-ITERATIONS = 16
+ITERATIONS = 16  # of the tiny training
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory, cell_folder):
-    """A configuration file of a training of seconds."""
-    head = {"head_n_prototypes": 64, "head_hidden_dim": 32, "head_bottleneck_dim": 16}
-    sections = {
-        "train": {
-            "dataset_path": [str(cell_folder)],
-            "batch_size_per_gpu": 4,
-            "OFFICIAL_EPOCH_LENGTH": ITERATIONS,
-            "num_workers": 1,
-            "log_period": 1,
-            "device": "cpu",
-        },
-        "student": {"arch": "vit_tiny", "patch_size": 14, "drop_path_rate": 0.0},
-        "dino": head,
-        "ibot": head,
-        "optim": {"epochs": 1, "warmup_epochs": 0, "freeze_last_layer_epochs": 0},
-        "teacher": {"warmup_teacher_temp_epochs": 1},
-        "crops": {"global_crops_size": 28, "local_crops_size": 14, "local_crops_number": 2},
-        "evaluation": {"eval_period_iterations": 0},
-    }
-    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    path.write_text(yaml.safe_dump(sections))
-    return path
-
-
-@pytest.fixture(scope="module")
-def undisturbed(cluster, config, tmp_path_factory):
+def undisturbed(cluster, tiny, tmp_path_factory):
     """What the README's command leaves behind: its output folder, and what it printed."""
     output = tmp_path_factory.mktemp("readme") / "run"
-    command = [sys.executable, "dinov2/run/train/train.py", "--config-file", str(config)]
+    command = [sys.executable, "dinov2/run/train/train.py", "--config-file", str(tiny)]
     command += ["--output-dir", str(output), "--partition", "hard", "--ngpus", "2", "--wait"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
     environment |= {"SLURM_CONF": cluster, "A_VARIABLE_OF_THE_USER": "seen"}
@@ -76,9 +49,9 @@ def assert_resumed(output: Path, undisturbed: Path) -> None:
     assert logged == pytest.approx({iteration: expected[iteration] for iteration in logged}, rel=1e-4)
 
 
-def submit(capsys, config: Path, output: Path, *options: str) -> str:
+def submit(capsys, tiny: Path, output: Path, *options: str) -> str:
     """Submit a training on two GPUs; return the job id."""
-    assert main(["--config-file", str(config), "--output-dir", str(output), "--ngpus", "2", *options]) == 0
+    assert main(["--config-file", str(tiny), "--output-dir", str(output), "--ngpus", "2", *options]) == 0
     return capsys.readouterr().out.split()[2]
 
 
@@ -95,7 +68,7 @@ def test_the_command_of_the_readme_trains_to_the_end_and_leaves_checkpoints(undi
     assert "Training" in printed  # the log was followed
 
 
-def test_a_submission_leaves_script_config_record_and_a_log_per_task(undisturbed, config):
+def test_a_submission_leaves_script_config_record_and_a_log_per_task(undisturbed):
     output, _ = undisturbed
     job = next((output / "slurm").iterdir())
     assert {path.name for path in job.iterdir()} == {
@@ -113,9 +86,9 @@ def test_two_tasks_are_two_ranks_of_one_group(undisturbed):
     assert len(list(output.glob("checkpoints/*/*.distcp"))) == 2  # a shard of each
 
 
-def test_two_nodes_train_together(slurm, config, tmp_path, undisturbed):
+def test_two_nodes_train_together(slurm, tiny, tmp_path, undisturbed):
     options = ["--partition", "hard", "--nodes", "2", "--ngpus", "1", "--wait"]
-    assert main(["--config-file", str(config), "--output-dir", str(tmp_path / "%j"), *options]) == 0
+    assert main(["--config-file", str(tiny), "--output-dir", str(tmp_path / "%j"), *options]) == 0
     output = next(tmp_path.iterdir())
     assert output.name == next((output / "slurm").iterdir()).name  # %j
     assert "on n[1-2], start 1" in next(output.glob("slurm/*/batch.log")).read_text()
@@ -123,20 +96,20 @@ def test_two_nodes_train_together(slurm, config, tmp_path, undisturbed):
 
 
 def test_a_requeued_job_resumes_and_ends_with_the_losses_of_an_undisturbed_one(
-    slurm, config, tmp_path, capsys, undisturbed
+    slurm, tiny, tmp_path, capsys, undisturbed
 ):
     output = tmp_path / "run"
     # SLURM kills what it requeues after KillWait (5 s here): the last regular checkpoint has to do.
-    job = submit(capsys, config, output, "--partition", "hard", "--no-resume", "checkpoint.period_iterations=2")
+    job = submit(capsys, tiny, output, "--partition", "hard", "--no-resume", "checkpoint.period_iterations=2")
     slurm.wait("a checkpoint", lambda: list(output.glob("checkpoints/*/checkpoint.json")))
     subprocess.run(["scontrol", "requeue", job], check=True)
     slurm.wait_for_state(job, "COMPLETED")
     assert_resumed(output, undisturbed[0])
 
 
-def test_at_its_time_limit_a_job_saves_and_goes_on(slurm, config, tmp_path, capsys, undisturbed):
+def test_at_its_time_limit_a_job_saves_and_goes_on(slurm, tiny, tmp_path, capsys, undisturbed):
     output = tmp_path / "run"
-    job = submit(capsys, config, output, "--partition", "hard", "--timeout", "30", "--signal-delay", "600")
+    job = submit(capsys, tiny, output, "--partition", "hard", "--timeout", "30", "--signal-delay", "600")
     slurm.wait("the first steps", has_begun(output))
     slurm.pause(job)
     subprocess.run(["scontrol", "update", f"JobId={job}", "TimeLimit=5"], check=True)  # the signal is overdue
@@ -149,9 +122,9 @@ def test_at_its_time_limit_a_job_saves_and_goes_on(slurm, config, tmp_path, caps
     assert_resumed(output, undisturbed[0])
 
 
-def test_a_preempted_job_makes_room_and_goes_on(slurm, config, tmp_path, capsys, undisturbed):
+def test_a_preempted_job_makes_room_and_goes_on(slurm, tiny, tmp_path, capsys, undisturbed):
     output = tmp_path / "run"
-    job = submit(capsys, config, output, "--partition", "preempt")
+    job = submit(capsys, tiny, output, "--partition", "preempt")
     slurm.wait("the first steps", has_begun(output))
     slurm.pause(job)
     urgent = ["sbatch", "--parsable", "--partition=hard", "--nodes=2", "--gpus-per-node=2", "--output=/dev/null"]
@@ -164,19 +137,19 @@ def test_a_preempted_job_makes_room_and_goes_on(slurm, config, tmp_path, capsys,
     assert_resumed(output, undisturbed[0])
 
 
-def test_a_job_that_fails_stays_failed_and_hands_on_its_exit_code(slurm, config, tmp_path, capsys):
+def test_a_job_that_fails_stays_failed_and_hands_on_its_exit_code(slurm, tiny, tmp_path, capsys):
     weights = tmp_path / "weights.pth"
     torch.save({"nothing": torch.zeros(1)}, weights)
     options = ["--partition", "hard", "--wait", f"student.pretrained_weights={weights}"]
-    assert main(["--config-file", str(config), "--output-dir", str(tmp_path / "run"), "--ngpus", "2", *options]) == 2
+    assert main(["--config-file", str(tiny), "--output-dir", str(tmp_path / "run"), "--ngpus", "2", *options]) == 2
     job = next((tmp_path / "run" / "slurm").iterdir()).name
     assert slurm.field(job, "JobState") == "FAILED"
     assert slurm.field(job, "Restarts") == "0"
 
 
-def test_a_cancelled_job_stays_cancelled(slurm, config, tmp_path, capsys):
+def test_a_cancelled_job_stays_cancelled(slurm, tiny, tmp_path, capsys):
     output = tmp_path / "run"
-    job = submit(capsys, config, output, "--partition", "hard")
+    job = submit(capsys, tiny, output, "--partition", "hard")
     slurm.wait("the first steps", has_begun(output))
     subprocess.run(["scancel", job], check=True)
     slurm.wait_for_state(job, "CANCELLED")
@@ -185,10 +158,10 @@ def test_a_cancelled_job_stays_cancelled(slurm, config, tmp_path, capsys):
     assert slurm.field(job, "Restarts") == "0"
 
 
-def test_a_sweep_is_a_job_array_with_a_folder_per_value(slurm, config, tmp_path, capsys):
+def test_a_sweep_is_a_job_array_with_a_folder_per_value(slurm, tiny, tmp_path, capsys):
     options = ["--ngpus", "1", "--partition", "hard", "--sweep", "optim.base_lr=1e-4,2e-4", "--wait", "optim.epochs=1"]
     options += ["train.OFFICIAL_EPOCH_LENGTH=2"]
-    assert main(["--config-file", str(config), "--output-dir", str(tmp_path / "sweep"), *options]) == 0
+    assert main(["--config-file", str(tiny), "--output-dir", str(tmp_path / "sweep"), *options]) == 0
     for name, lr in (("0_optim.base_lr=1e-4", 1e-4), ("1_optim.base_lr=2e-4", 2e-4)):
         output = tmp_path / "sweep" / name
         assert max(losses(output)) == 1
