@@ -19,14 +19,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("dinov2.train.train", "train a model on folders of images"),
     "estimate": ("dinov2.train.estimate", "tell what a run costs in time and memory before it starts"),
     "evaluate": ("dinov2.eval.cross_validation", "score a model on labelled images by cross-validation"),
+    "embed": ("dinov2.eval.embed", "write the embeddings of images to Parquet, NumPy or AnnData"),
     "visualize": ("dinov2.eval.visualize", "draw maps of features, patches as colours, attention, neighbours"),
     "explore": ("dinov2.eval.visualize.explorer", "write a web page to look through images by their features"),
     "export": ("dinov2.hub.export", "write a model for timm, Hugging Face, ONNX or torch.export"),
-    "consolidate": ("dinov2.fsdp.checkpointer", "turn a training checkpoint into one weights file"),
+    "consolidate": ("dinov2.fsdp.checkpointer", "gather a sharded training checkpoint into one file"),
     "submit": ("dinov2.run.submit", "start a training run on a SLURM cluster"),
 }
 
-USER_ERROR = 2  # exit code, as argparse uses it
+USER_ERROR = 2  # exit code, as argparse and dinov2.utils.errors use it
 
 
 def describe() -> str:
