@@ -342,16 +342,16 @@ def main() -> None:
         f"{os.getloadavg()[0]:.1f} at the start, torch {torch.__version__}, Python {platform.python_version()}.",
     ]
     for folder in args.folders:
-        lines += report(folder, args)
+        for line in report(folder, args):
+            print(line, flush=True)
+            lines.append(line)
     lines.append(
         report_gpu(Encoded(args.folders[0]), args.repeats)
         if torch.cuda.is_available()
         else "No GPU here: the device's part of `augment_on: device` is not in these figures."
     )
-    section = as_markdown(lines)
-    print(section)
     if args.write:
-        write_section(args.write, section)
+        write_section(args.write, as_markdown(lines))
 
 
 if __name__ == "__main__":
