@@ -35,7 +35,7 @@ test-slurm: $(READY) ## The tests that submit real jobs to a SLURM on this machi
 	$(PYTEST) -m slurm $(TEST_ARGS)
 
 notebooks: $(READY) ## Run every notebook from top to bottom; the files stay as they are
-	$(PYTEST) tests/test_notebooks.py $(TEST_ARGS)
+	@for notebook in notebooks/*.ipynb; do echo "== $$notebook"; $(BIN)/jupyter execute "$$notebook" || exit 1; done
 
 lint: $(READY) ## Check style, change nothing
 	$(BIN)/ruff check .
