@@ -443,6 +443,16 @@ def test_label_issues_come_with_a_csv_file_and_tables_can_be_read_from_a_file(ce
     assert (row["path"], row["given"], row["suggested"]) == (paths[0], "b", "a")
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".npz"])
+def test_what_dinov2_embed_wrote_is_drawn(suffix, weights, cell_folder, tmp_path):
+    from dinov2.eval import embed
+
+    table, out = str(tmp_path / f"table{suffix}"), str(tmp_path / "x.png")
+    assert not embed.main(["--weights", weights, "--data", str(cell_folder), "--out", table, "--image-size", "28"])
+    assert main(["umap", "--method", "pca", "--embeddings", table, "--out", out, "--dpi", "50"]) == 0
+    assert main(["neighbors", "--k", "2", "--embeddings", table, "--out", out, "--dpi", "50"]) == 0
+
+
 def test_images_without_classes_can_be_shown_too(weights, cell_folder, tmp_path):
     data = ["--weights", weights, "--data", str(cell_folder), "--unlabelled", "--image-size", "28", "--dpi", "50"]
     for kind in (["umap", "--method", "pca"], ["attention", "--count", "2"]):

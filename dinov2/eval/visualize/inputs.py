@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from dinov2.data import ImageDataset, LabelledDataset
 from dinov2.data.decode import read_rgb
 from dinov2.data.manifest import cache_folder
 from dinov2.eval.cross_validation import model_features
+from dinov2.eval.embed import load_embeddings
 from dinov2.eval.features import FeatureTable, ImageFiles, check_image_size, normalise_images, prepare_image
 from dinov2.eval.setup import LoadedModel, load_model
 from dinov2.eval.visualize.figures import square
@@ -33,7 +35,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
 
 def add_table_arguments(parser: argparse.ArgumentParser) -> None:
     """--embeddings, or a model and data to make them from."""
-    parser.add_argument("--embeddings", metavar="FILE", help="features made before, instead of --weights and --data")
+    parser.add_argument(
+        "--embeddings", metavar="FILE", help="what `dinov2 embed` wrote, instead of --weights and --data"
+    )
     add_model_arguments(parser, required=False)
     add = parser.add_argument
     add("--features", default="cls", help="cls, patch_mean, registers, or several joined by + (default: cls)")
@@ -108,17 +112,19 @@ def load_cells(args: argparse.Namespace) -> Cells:
 
 
 def read_table(path: str | Path) -> FeatureTable:
-    """A table that `FeatureTable.save` wrote.
+    """A table that `dinov2 embed` (.parquet, .npz) or `FeatureTable.save` (.npz) wrote.
 
     Raises:
         ValueError: no such file, or not such a table.
     """
     if not Path(path).is_file():
-        raise ValueError(f"no embeddings at {path}")
+        raise ValueError(f"no embeddings at {path}; `dinov2 embed` writes them")
     try:
-        return FeatureTable.load(path)
-    except (KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{path} is not a table of features (.npz written by FeatureTable.save): {error}") from error
+        if zipfile.is_zipfile(path) and "features.npy" in zipfile.ZipFile(path).namelist():
+            return FeatureTable.load(path)
+        return load_embeddings(path)
+    except (KeyError, OSError) as error:
+        raise ValueError(f"{path} is not a table that `dinov2 embed` wrote: {error}") from error
 
 
 # --------------------------------------------------------------------------- images and tokens
