@@ -107,6 +107,7 @@ class TrainSection:
     gradient_accumulation_steps: int  # forward passes per optimizer step; the effective batch grows by it
     activation_checkpointing: str  # recompute instead of keep: none, selective (attention kept) or full
     log_period: int  # iterations between log lines
+    peak_tflops: float  # of the device, TFLOP/s, to tell the share reached (MFU); 0: known GPUs by name, else not told
 
 
 @dataclass

@@ -5,6 +5,8 @@ A step never waits for the device: numbers are kept as tensors and read when a l
 
 import datetime
 import logging
+import resource
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -112,6 +114,8 @@ class MetricLogger:
         tensorboard_dir: event files go here, from the main process.
         images_per_iteration: over all processes; given, lines tell images per second and the share of time spent
             waiting for data.
+        ideal_iteration_time: seconds that an iteration's arithmetic takes at the peak of the device; given, lines tell
+            the share of that peak which was reached (model-FLOP utilisation, MFU).
         window_size: iterations that medians are taken over.
         writers: further destinations, used by the main process.
     """
@@ -124,10 +128,12 @@ class MetricLogger:
         images_per_iteration: int | None = None,
         window_size: int = 20,
         writers: Sequence[MetricWriter] = (),
+        ideal_iteration_time: float | None = None,
     ):
         self.meters: dict[str, SmoothedValue] = {}
         self.delimiter = delimiter
         self.images_per_iteration = images_per_iteration
+        self.ideal_iteration_time = ideal_iteration_time
         self.window_size = window_size
         self.output_file = output_file
         self._tensorboard_dir = tensorboard_dir
@@ -139,6 +145,11 @@ class MetricLogger:
         """Add one number per name: floats, or tensors with one element, read only when a line is due."""
         for name, value in scalars.items():
             self.meters.setdefault(name, SmoothedValue(self.window_size)).update(value)
+
+    def set_latest(self, **scalars: float | Tensor) -> None:
+        """Replace the number of each name: for what is measured only when a line is due."""
+        for name, value in scalars.items():
+            self.meters.setdefault(name, SmoothedValue(window_size=1)).update(value)
 
     def add_meter(self, name: str, meter: SmoothedValue) -> None:
         """Use a meter with another window or format for one name."""
@@ -235,11 +246,26 @@ class MetricLogger:
             parts += [f"{times['images_per_s']:.1f} img/s", f"data {times['data_wait']:.0%}"]
         else:
             parts.append(f"{times['iter_time']:.3g} s/it")
-        if torch.cuda.is_available():
-            parts.append(f"mem {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        if self.ideal_iteration_time is not None:
+            times["mfu"] = self.ideal_iteration_time / max(times["iter_time"], 1e-9)
+            parts.append(f"MFU {times['mfu']:.1%}")
+        times["memory_gib"] = peak_memory() / 2**30
+        parts.append(f"mem {times['memory_gib']:.1f} GiB")
         logger.info("%s", self.delimiter.join(parts))
         for writer in self._writers:
             writer.write(iteration, {**times, **medians})
+
+
+def peak_memory(device: torch.device | None = None) -> int:
+    """Return the most bytes in use so far: tensors on the GPU, or this process's resident set where it uses none.
+
+    Args:
+        device: a GPU, or the CPU; by default the current GPU if this process has used one.
+    """
+    if torch.cuda.is_initialized() if device is None else device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class _Clock:
@@ -275,9 +301,9 @@ class _Clock:
 
 
 def _worth_a_look(names: Iterable[str]) -> list[str]:
-    """Return what a person follows on the console, the losses and the learning rate; without a loss, everything."""
+    """Return what a person follows on the console: losses, learning rate, agreement; without a loss, everything."""
     names = list(names)
-    chosen = [name for name in names if name.endswith("loss") or name == "lr"]
+    chosen = [name for name in names if name.endswith("loss") or name in ("lr", "teacher_agreement")]
     return chosen if any(name.endswith("loss") for name in names) else names
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import logging
 import random
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -20,6 +18,7 @@ import torch
 from dinov2.configs import check
 from dinov2.data import MaskingGenerator
 from dinov2.data.collate import Batch, draw_masks
+from dinov2.logging.helpers import peak_memory
 from dinov2.train.flops import peak_flops, step_flops
 from dinov2.train.schedules import total_iterations
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -107,7 +106,7 @@ def measure_step(cfg: Any, model: SSLMetaArch, images: int, steps: int = 5, warm
     _wait(device)
     seconds = (time.perf_counter() - start) / steps
     images *= len(batches)
-    return StepCost(images, seconds, _peak_bytes(device), step_flops(model, cfg, images))
+    return StepCost(images, seconds, peak_memory(device), step_flops(model, cfg, images))
 
 
 def largest_batch(fits: Callable[[int], bool], start: int) -> int:
@@ -142,19 +141,12 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def report(cfg: Any, model: SSLMetaArch, cost: StepCost, images: int) -> str:
     """What `dinov2 estimate` prints."""
     parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in model.student.items()}
     dtype = model.precision["student"]["backbone"].compute
     iterations, batch = total_iterations(cfg), get_effective_batch_size(cfg)
-    peak = peak_flops(model.device, dtype)
+    peak = peak_flops(model.device, dtype, cfg.train.peak_tflops)
     share = f", {cost.flops / cost.seconds / peak:.0%} of the device's peak (MFU)" if peak else ""
     lines = [
         f"model      {cfg.student.arch}/{cfg.student.patch_size}: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -9,29 +10,55 @@ from torch import nn
 
 from dinov2.layers import NestedTensorBlock
 
-# Dense peak of the matrix units in floating-point operations per second, by a part of the device's name and dtype.
-# Source: NVIDIA's data sheets, without structured sparsity.
-PEAK_FLOPS = {
-    ("H200", torch.bfloat16): 989e12,
-    ("H100 PCIe", torch.bfloat16): 756e12,
-    ("H100", torch.bfloat16): 989e12,
-    ("A100", torch.bfloat16): 312e12,
-    ("L40S", torch.bfloat16): 362e12,
-    ("RTX 4090", torch.bfloat16): 165e12,
-    ("RTX 3090", torch.bfloat16): 71e12,
-    ("A10", torch.bfloat16): 125e12,
-    ("V100", torch.float16): 125e12,
-    ("T4", torch.float16): 65e12,
+# Dense peak of the matrix units in bf16 (fp16 where there is no bf16), in TFLOP/s, by words of the device's name;
+# the first that fits counts. Source: NVIDIA's data sheets, without structured sparsity; SXM modules where not said.
+PEAK_TFLOPS = {
+    "B200": 2250,
+    "GH200": 990,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+    "RTX A6000": 155,
+    "A40": 150,
+    "A30": 165,
+    "A10G": 70,
+    "A10": 125,
+    "V100": 125,
+    "T4": 65,
 }
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Peak of the device in operations per second, None where we do not know it."""
-    if device.type != "cuda":
+def peak_flops(device: torch.device, dtype: torch.dtype, tflops: float = 0.0) -> float | None:
+    """Peak of the device in operations per second; None where we do not know it: CPUs, float32, other GPUs.
+
+    Args:
+        device: where the arithmetic is done.
+        dtype: that of the arithmetic.
+        tflops: what the user knows better, in TFLOP/s; 0: look it up.
+    """
+    if tflops > 0:
+        return tflops * 1e12
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
-    name = torch.cuda.get_device_name(device)
-    dtype = torch.bfloat16 if dtype == torch.float16 and not name.endswith(("V100", "T4")) else dtype
-    return next((peak for (part, kind), peak in PEAK_FLOPS.items() if part in name and kind == dtype), None)
+    words = set(re.split(r"[\s-]+", torch.cuda.get_device_name(device)))
+    return next((peak * 1e12 for name, peak in PEAK_TFLOPS.items() if words.issuperset(name.split())), None)
+
+
+def ideal_step_time(model: nn.Module, cfg: Any) -> float | None:
+    """Seconds that one optimizer step's arithmetic on this process takes at the device's peak; None if that is unknown.
+
+    Divided by the time a step does take, it is the model-FLOP utilisation.
+    """
+    peak = peak_flops(model.device, model.precision["student"]["backbone"].compute, cfg.train.peak_tflops)
+    images = cfg.train.batch_size_per_gpu * cfg.train.gradient_accumulation_steps
+    return step_flops(model, cfg, images) / peak if peak else None
 
 
 def backbone_flops(backbone: nn.Module, side: int) -> float:

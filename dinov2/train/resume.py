@@ -22,6 +22,7 @@ FREE = (
     "train.gradient_accumulation_steps",
     "train.saveckp_freq",
     "train.log_period",
+    "train.peak_tflops",
     "train.device",
     "train.compile",
     "train.activation_checkpointing",

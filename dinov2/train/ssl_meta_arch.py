@@ -17,6 +17,7 @@ from dinov2.layers import DINOHead, NestedTensorBlock
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
 from dinov2.models import build_model_from_cfg
 from dinov2.models.weights import load_weights
+from dinov2.train.vitals import neighbour_distances, prototype_entropy, teacher_agreement
 from dinov2.utils.param_groups import fuse_params_groups, get_params_groups_with_decay
 
 logger = logging.getLogger("dinov2")
@@ -88,6 +89,8 @@ class SSLMetaArch(nn.Module):
         computes_in_half = any(p.compute == torch.float16 for p in self.precision["student"].values())
         self.fp16_scaler = ShardedGradScaler(device, enabled=cfg.compute_precision.grad_scaler and computes_in_half)
         self._warned_koleo = False
+        self.watched = False  # whether the next step measures `vital_signs`
+        self.vital_signs: dict[str, Tensor] = {}  # of the newest batch of the newest watched step
 
     def _build_heads(self) -> dict[str, DINOHead]:
         heads = {"dino_head": self.cfg.dino}
@@ -133,6 +136,8 @@ class SSLMetaArch(nn.Module):
         outputs = self.student_outputs(images)
         terms = self.loss_terms(targets, outputs, images)
         self.backprop_loss(loss_scale * sum(self.loss_weights[name] * term for name, term in terms.items()))
+        if self.watched:
+            self.vital_signs = self._measure_vital_signs(targets, outputs)
         return {name: term.detach() for name, term in terms.items()}
 
     @torch.no_grad()
@@ -194,6 +199,8 @@ class SSLMetaArch(nn.Module):
         if self.do_koleo and self._has_neighbours(outputs.features):
             spread = torch.stack([self.koleo_loss(view) for view in outputs.features]).mean()
             terms["koleo_loss"] = self.cfg.dino.koleo_loss_weight * spread
+        elif self.do_koleo:
+            self._warn_without_koleo()
         if self.do_ibot:
             patch_loss = self.ibot_patch_loss.forward_masked(
                 outputs.patches,
@@ -203,6 +210,19 @@ class SSLMetaArch(nn.Module):
             )
             terms["ibot_loss"] = patch_loss / 2
         return terms
+
+    def _measure_vital_signs(self, targets: TeacherTargets, outputs: StudentOutputs) -> dict[str, Tensor]:
+        """What `dinov2.train.vitals` tells of a batch; every rank enters."""
+        signs = {
+            "teacher_agreement": teacher_agreement(outputs.global_cls, targets.cls),
+            "dino_prototype_entropy": prototype_entropy(targets.cls.flatten(0, 1)),
+        }
+        if self.do_ibot:
+            signs["ibot_prototype_entropy"] = prototype_entropy(targets.patches)
+        if self._has_neighbours(outputs.features):
+            distances = neighbour_distances(outputs.features, distributed=self.koleo_loss.distributed)
+            signs["koleo_distance"], signs["koleo_distance_min"] = distances
+        return signs
 
     def backprop_loss(self, loss: Tensor) -> None:
         """Gradients of the (scaled, under fp16) loss."""
@@ -229,12 +249,12 @@ class SSLMetaArch(nn.Module):
         return tuple(logits.split([len(cls_tokens), len(patch_tokens)]))
 
     def _has_neighbours(self, features: Tensor) -> bool:
-        if features.shape[1] > 1 or (self.koleo_loss.distributed and get_global_size() > 1):
-            return True
+        return features.shape[1] > 1 or (self.koleo_loss.distributed and get_global_size() > 1)
+
+    def _warn_without_koleo(self) -> None:
         if not self._warned_koleo:
             logger.warning("KoLeo is left out: a local batch of one image has no nearest neighbour")
             self._warned_koleo = True
-        return False
 
     # The teacher --------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ from dinov2.train.build import (
     describe_data,
 )
 from dinov2.train.engine import prepare_backbone
+from dinov2.train.flops import ideal_step_time
 from dinov2.train.health import HealthMonitor
 from dinov2.train.resume import refuse_changed_config, run_identity
 from dinov2.train.schedules import ScheduleValues, build_schedulers, total_iterations
@@ -134,7 +135,7 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, fl
     start, stop = resume_or_start(cfg, checkpointer, resume), total_iterations(cfg)
     data = TrainBatches(cfg, dataset, device=model.device, dtype=model.input_dtype, start_iteration=start)
     health = HealthMonitor(cfg, device=model.device, held_out=dataset.preserved_images)
-    metrics = build_metric_logger(cfg)
+    metrics = build_metric_logger(cfg, model)
     watch = StepWatch(model.device)
     interrupted = False
     if start == 0:
@@ -150,6 +151,7 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, fl
             if iteration < cfg.optim.freeze_backbone_epochs * cfg.train.OFFICIAL_EPOCH_LENGTH:
                 freeze_backbone(optimizer)
 
+            model.watched = iteration % cfg.train.log_period == 0 or iteration == stop - 1  # the steps reported
             optimizer.zero_grad(set_to_none=True)
             losses = accumulate_gradients(model, batches, now.teacher_temp)
             grad_norms = clip_and_step(optimizer, model, cfg.optim.clip_grad)
@@ -160,6 +162,8 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, fl
             means = watch.observe(iteration, watched, stop=bool(stop_request))
             losses = {name: means[name] for name in losses}
             metrics.update(total_loss=sum(losses.values()), **losses, **grad_norms, **schedule_metrics(now))
+            if model.watched:
+                metrics.set_latest(**model.vital_signs)
 
             done = iteration + 1
             interrupted = watch.stop_agreed and done < stop
@@ -226,7 +230,7 @@ def report_health(cfg: Any, model: SSLMetaArch, health: HealthMonitor, metrics: 
 # Pieces of a run --------------------------------------------------------------------------------------------------
 
 
-def build_metric_logger(cfg: Any) -> MetricLogger:
+def build_metric_logger(cfg: Any, model: SSLMetaArch) -> MetricLogger:
     """Losses, speeds and schedules to the console, `training_metrics.json` and TensorBoard."""
     output_dir = Path(cfg.train.output_dir)
     return MetricLogger(
@@ -234,6 +238,7 @@ def build_metric_logger(cfg: Any) -> MetricLogger:
         tensorboard_dir=output_dir / "tensorboard",
         images_per_iteration=get_effective_batch_size(cfg),
         window_size=cfg.train.log_period,  # a report tells of the iterations since the one before
+        ideal_iteration_time=ideal_step_time(model, cfg),
     )
 
 
@@ -349,7 +354,7 @@ def export_checkpoint(cfg: Any, model: SSLMetaArch, checkpoint: str = "") -> Non
     dataset = build_train_dataset(cfg)
     health = HealthMonitor(cfg, device=model.device, held_out=dataset.preserved_images)
     do_test(cfg, model, done)
-    report_health(cfg, model, health, build_metric_logger(cfg), done)
+    report_health(cfg, model, health, build_metric_logger(cfg, model), done)
 
 
 if __name__ == "__main__":
