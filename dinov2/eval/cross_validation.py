@@ -41,7 +41,13 @@ from dinov2.eval.probes import (
     stratified_share,
 )
 from dinov2.eval.report import Report, write_report
-from dinov2.eval.setup import LoadedModel, fingerprint, load_model
+from dinov2.eval.setup import (
+    LoadedModel,
+    add_cache_arguments,
+    add_extraction_arguments,
+    fingerprint,
+    load_model,
+)
 from dinov2.utils.config import default_setup
 from dinov2.utils.dtype import as_torch_dtype
 
@@ -449,19 +455,10 @@ def get_args_parser(
         help="cls, patch_mean, registers, or several joined by + (default: cls)",
     )
     add("--k", nargs="+", type=int, default=[1, 20], help="numbers of neighbours (default: 1 20)")
-    add("--image-size", type=int, default=224, help="side of the square shown to the model, pixels (default: 224)")
-    add("--batch-size", type=int, default=64, help="images per forward pass (default: %(default)s)")
-    add("--num-workers", type=int, help="decoding threads (default: the CPUs there are)")
-    add(
-        "--dtype",
-        default="fp32",
-        choices=["fp32", "bf16", "fp16"],
-        help="precision of the model (default: %(default)s)",
-    )
+    add_extraction_arguments(parser)
     add("--seed", type=int, default=0, help="of folds, intervals and the untrained network (default: %(default)s)")
     add("--no-baselines", action="store_true", help="leave out the untrained network and the colour histogram")
-    add("--cache-dir", help="where features are kept (default: $DINOV2_CACHE or ~/.cache/dinov2)")
-    add("--no-cache", action="store_true", help="extract features again and do not keep them")
+    add_cache_arguments(parser)
     return parser
 
 

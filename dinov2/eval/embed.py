@@ -41,7 +41,7 @@ from dinov2.eval.features import (
     token_features,
 )
 from dinov2.eval.report import write_csv
-from dinov2.eval.setup import LoadedModel, fingerprint, load_model
+from dinov2.eval.setup import LoadedModel, add_extraction_arguments, fingerprint, load_model
 from dinov2.utils.config import default_setup
 from dinov2.utils.dtype import as_torch_dtype
 
@@ -376,15 +376,7 @@ def get_args_parser(
         help="cls, patch_mean, registers, patches (default: the first two)",
     )
     add("--half", action="store_true", help="store half precision: half the size")
-    add("--image-size", type=int, default=224, help="side of the square shown to the model, pixels (default: 224)")
-    add("--batch-size", type=int, default=64, help="images per forward pass (default: %(default)s)")
-    add("--num-workers", type=int, help="decoding threads (default: the CPUs there are)")
-    add(
-        "--dtype",
-        default="fp32",
-        choices=["fp32", "bf16", "fp16"],
-        help="precision of the model (default: %(default)s)",
-    )
+    add_extraction_arguments(parser)
     add("--overwrite", action="store_true", help="replace the file if it is there")
     add("--output-dir", help="where the log goes (default: the folder of --out)")
     return parser

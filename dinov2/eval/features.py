@@ -18,11 +18,10 @@ from tqdm import tqdm
 
 from dinov2 import distributed
 from dinov2.data.decode import UnreadableImage, decode_channels, decode_rgb, read_bytes
+from dinov2.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 logger = logging.getLogger("dinov2")
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 RESIZE_RATIO = 256 / 224  # DINOv2 resizes the shorter side to 256 and cuts 224 out of the middle
 PARTS = ("cls", "patch_mean", "registers", "patches")
 
@@ -239,7 +238,7 @@ def prepare_image(image: np.ndarray, image_size: int) -> Tensor:
 
 
 def normalise_images(
-    images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+    images: Tensor, mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD
 ) -> Tensor:
     """Images (B, C, H, W) to float32 with the model's own mean and deviation; bytes are scaled to 0..1 first."""
     mean_, std_ = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (mean, std))
@@ -379,8 +378,8 @@ def extract(
     dtype: torch.dtype | None = None,
     image_size: int = 224,
     features: str = "cls",
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
     progress: bool = False,
 ) -> FeatureTable:
     """Features of every readable image of `dataset`; all processes share the work and all get the whole table.

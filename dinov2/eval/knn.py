@@ -21,8 +21,7 @@ from dinov2 import distributed
 from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.eval.metrics import AccuracyAveraging, build_topk_accuracy_metric
 from dinov2.eval.probes import DEFAULT_TEMPERATURE, nearest_neighbours, neighbour_votes
-from dinov2.eval.setup import get_args_parser as get_setup_args_parser
-from dinov2.eval.setup import setup_and_build_model
+from dinov2.eval.setup import get_protocol_args_parser, setup_and_build_model
 from dinov2.eval.utils import (
     ModelWithAutocast,
     ModelWithNormalize,
@@ -42,16 +41,8 @@ def get_args_parser(
     add_help: bool = True,
 ) -> argparse.ArgumentParser:
     """The command line of the k-NN evaluation."""
-    setup_parser = get_setup_args_parser(parents=parents, add_help=False)
-    parser = argparse.ArgumentParser(description=description, parents=[setup_parser], add_help=add_help)
+    parser = get_protocol_args_parser("what is classified", description, parents, add_help)
     add = parser.add_argument
-    add(
-        "--train-dataset",
-        dest="train_dataset_str",
-        default="ImageNet:split=TRAIN",
-        help="folder, CSV or data set string",
-    )
-    add("--val-dataset", dest="val_dataset_str", default="ImageNet:split=VAL", help="what is classified")
     add(
         "--nb_knn", nargs="+", type=int, default=[10, 20, 100, 200], help="numbers of neighbours (default: %(default)s)"
     )

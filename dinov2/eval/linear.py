@@ -28,8 +28,7 @@ from dinov2.data.loaders import resolve_num_workers
 from dinov2.data.samplers import PermutedStream
 from dinov2.data.transforms import make_classification_eval_transform, make_classification_train_transform
 from dinov2.eval.metrics import MetricType, build_metric
-from dinov2.eval.setup import get_args_parser as get_setup_args_parser
-from dinov2.eval.setup import setup_and_build_model
+from dinov2.eval.setup import get_protocol_args_parser, setup_and_build_model
 from dinov2.eval.utils import (
     ModelWithIntermediateLayers,
     append_json_lines,
@@ -58,21 +57,8 @@ def get_args_parser(
     add_help: bool = True,
 ) -> argparse.ArgumentParser:
     """The command line of the linear evaluation."""
-    setup_parser = get_setup_args_parser(parents=parents, add_help=False)
-    parser = argparse.ArgumentParser(description=description, parents=[setup_parser], add_help=add_help)
+    parser = get_protocol_args_parser("what the best classifier is chosen on", description, parents, add_help)
     add = parser.add_argument
-    add(
-        "--train-dataset",
-        dest="train_dataset_str",
-        default="ImageNet:split=TRAIN",
-        help="folder, CSV or data set string",
-    )
-    add(
-        "--val-dataset",
-        dest="val_dataset_str",
-        default="ImageNet:split=VAL",
-        help="what the best classifier is chosen on",
-    )
     add("--test-datasets", dest="test_dataset_strs", nargs="+", help="what it is scored on; none: the validation set")
     add("--epochs", type=int, default=10, help="default: %(default)s")
     add("--batch-size", type=int, default=128, help="images per process and iteration (default: %(default)s)")

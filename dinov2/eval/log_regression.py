@@ -20,8 +20,7 @@ from dinov2 import distributed
 from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.eval.metrics import MetricCollection, MetricType, build_metric
 from dinov2.eval.probes import SoftmaxRegression, fit_softmax_regression
-from dinov2.eval.setup import get_args_parser as get_setup_args_parser
-from dinov2.eval.setup import setup_and_build_model
+from dinov2.eval.setup import get_protocol_args_parser, setup_and_build_model
 from dinov2.eval.utils import (
     ModelWithAutocast,
     append_json_lines,
@@ -45,16 +44,8 @@ def get_args_parser(
     add_help: bool = True,
 ) -> argparse.ArgumentParser:
     """The command line of the logistic regression."""
-    setup_parser = get_setup_args_parser(parents=parents, add_help=False)
-    parser = argparse.ArgumentParser(description=description, parents=[setup_parser], add_help=add_help)
+    parser = get_protocol_args_parser("what is scored", description, parents, add_help)
     add = parser.add_argument
-    add(
-        "--train-dataset",
-        dest="train_dataset_str",
-        default="ImageNet:split=TRAIN",
-        help="folder, CSV or data set string",
-    )
-    add("--val-dataset", dest="val_dataset_str", default="ImageNet:split=VAL", help="what is scored")
     add("--finetune-dataset-str", dest="finetune_dataset_str", help="what the penalty is chosen on")
     add(
         "--finetune-on-val",

@@ -161,20 +161,49 @@ class Report:
         header += [f"accuracy at {share:.0%}" for share in COVERAGES] + ["risk-coverage area"]
         return markdown_table(header, rows)
 
+    @cached_property
+    def best(self) -> Scored:
+        """The row with the highest macro F1 that is not a baseline."""
+        return max(self.scored, key=lambda s: (not s.outcome.baseline, s.pooled["macro_f1"]))
+
+    def per_class_table(self, scored: Scored) -> str:
+        """Precision, recall and F1 of every class in one row of the result table, per cent."""
+        names = ("precision", "recall", "f1")
+        rows = [
+            [row["class"], *(f"{100 * row[name]:.1f}" for name in names), str(row["images"])]
+            for row in self._classes_of(scored)
+        ]
+        return markdown_table(["class", "precision", "recall", "F1", "images"], rows)
+
+    def batch_effect_table(self) -> str:
+        """What `batch_effects` found for every model and kind of features."""
+        columns = {
+            "source_balanced_accuracy": "source predicted",
+            "source_chance": "by chance",
+            "silhouette_class": "silhouette by class",
+            "silhouette_source": "silhouette by source",
+            "neighbours_from_other_source": "neighbours from another source",
+            "neighbours_from_other_source_if_mixed": "if mixed",
+        }
+        rows = [
+            [model, features, *(f"{effects[name]:.3f}" for name in columns)]
+            for (model, features), effects in self.batch_effects.items()
+        ]
+        return markdown_table(["model", "features", *columns.values()], rows)
+
     def per_class_rows(self) -> Iterable[dict[str, Any]]:
         """Precision, recall, F1 and number of images of every class in every row."""
         for s in self.scored:
-            by_class = per_class_scores(s.confusion)
-            for i, name in enumerate(self.table.classes):
-                if by_class["support"][i] or by_class["predicted"][i]:
-                    yield {
-                        "model": s.outcome.model,
-                        "features": s.outcome.features,
-                        "classifier": s.outcome.method,
-                        "class": name,
-                        **{key: float(by_class[key][i]) for key in ("precision", "recall", "f1")},
-                        "images": int(by_class["support"][i]),
-                    }
+            o = s.outcome
+            for row in self._classes_of(s):
+                yield {"model": o.model, "features": o.features, "classifier": o.method, **row}
+
+    def _classes_of(self, scored: Scored) -> Iterable[dict[str, Any]]:
+        by_class = per_class_scores(scored.confusion)
+        for i, name in enumerate(self.table.classes):
+            if by_class["support"][i] or by_class["predicted"][i]:
+                scores = {key: float(by_class[key][i]) for key in ("precision", "recall", "f1")}
+                yield {"class": name, **scores, "images": int(by_class["support"][i])}
 
 
 # --------------------------------------------------------------------------- writing
@@ -310,38 +339,19 @@ def _images(names: Sequence[str]) -> list[str]:
 
 
 def _per_class_section(report: Report) -> list[str]:
-    """The table of the best row that is not a baseline; all rows are in the CSV file."""
-    best = max(report.scored, key=lambda s: (not s.outcome.baseline, s.pooled["macro_f1"]))
-    o = best.outcome
-    key = (o.model, o.features, o.method)
-    rows = [
-        [r["class"], *(f"{100 * r[name]:.1f}" for name in ("precision", "recall", "f1")), str(r["images"])]
-        for r in report.per_class_rows()
-        if (r["model"], r["features"], r["classifier"]) == key
-    ]
+    """The table of the best row; all rows are in the CSV file."""
+    o = report.best.outcome
     title = f"{report.method_names[o.method]} on {o.features} of {o.model} (others: `per_class.csv`)"
-    return [f"{title}:", "", markdown_table(["class", "precision", "recall", "F1", "images"], rows), ""]
+    return [f"{title}:", "", report.per_class_table(report.best), ""]
 
 
 def _batch_effect_section(report: Report) -> list[str]:
-    columns = {
-        "source_balanced_accuracy": "source predicted",
-        "source_chance": "by chance",
-        "silhouette_class": "silhouette by class",
-        "silhouette_source": "silhouette by source",
-        "neighbours_from_other_source": "neighbours from another source",
-        "neighbours_from_other_source_if_mixed": "if mixed",
-    }
-    rows = [
-        [model, features, *(f"{effects[name]:.3f}" for name in columns)]
-        for (model, features), effects in report.batch_effects.items()
-    ]
     return [
         "How well a linear probe tells the source of an image (balanced accuracy), whether cells lie together by class "
         "or by source, and how many of the 20 nearest neighbours come from another source. Sources may differ in their "
         "classes, which predicts the source as well.",
         "",
-        markdown_table(["model", "features", *columns.values()], rows),
+        report.batch_effect_table(),
         "",
     ]
 

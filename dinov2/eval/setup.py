@@ -38,6 +38,37 @@ def get_args_parser(
     return parser
 
 
+def get_protocol_args_parser(
+    validation: str,
+    description: str | None = None,
+    parents: list[argparse.ArgumentParser] | None = None,
+    add_help: bool = True,
+) -> argparse.ArgumentParser:
+    """What DINOv2's own protocols take: a model, images to learn from and others, used as `validation` says."""
+    parser = get_args_parser(description, parents, add_help)
+    add = parser.add_argument
+    train = "folder, CSV or data set string"
+    add("--train-dataset", dest="train_dataset_str", default="ImageNet:split=TRAIN", help=train)
+    add("--val-dataset", dest="val_dataset_str", default="ImageNet:split=VAL", help=validation)
+    return parser
+
+
+def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
+    """How images are turned into features."""
+    add = parser.add_argument
+    add("--image-size", type=int, default=224, help="side of the square shown to the model, pixels (default: 224)")
+    add("--batch-size", type=int, default=64, help="images per forward pass (default: %(default)s)")
+    add("--num-workers", type=int, help="decoding threads (default: the CPUs there are)")
+    precisions = ["fp32", "bf16", "fp16"]
+    add("--dtype", default="fp32", choices=precisions, help="precision of the model (default: %(default)s)")
+
+
+def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where features are kept for the next time."""
+    parser.add_argument("--cache-dir", help="where features are kept (default: $DINOV2_CACHE or ~/.cache/dinov2)")
+    parser.add_argument("--no-cache", action="store_true", help="extract features again and do not keep them")
+
+
 def get_autocast_dtype(config: Any) -> torch.dtype:
     """The precision that a configuration gives the teacher's backbone."""
     return as_torch_dtype(config.compute_precision.teacher.backbone.mixed_precision.param_dtype)

@@ -75,8 +75,10 @@ class _Chosen(NamedTuple):
 
 def _cell_arguments(parser: argparse.ArgumentParser) -> None:
     inputs.add_model_arguments(parser)
-    parser.add_argument("--count", type=int, default=8, help="cells to show, of all classes (default: %(default)s)")
-    parser.add_argument("--images", nargs="+", metavar="PATH", help="show these images of --data")
+    add = parser.add_argument
+    add("--image-size", type=int, default=224, help="side of the square shown to the model, pixels (default: 224)")
+    add("--count", type=int, default=8, help="cells to show, of all classes (default: %(default)s)")
+    add("--images", nargs="+", metavar="PATH", help="show these images of --data")
 
 
 def _choose(args: argparse.Namespace) -> _Chosen:

@@ -18,19 +18,18 @@ from dinov2.data.manifest import cache_folder
 from dinov2.eval.cross_validation import model_features
 from dinov2.eval.embed import load_embeddings
 from dinov2.eval.features import FeatureTable, ImageFiles, check_image_size, normalise_images, prepare_image
-from dinov2.eval.setup import LoadedModel, load_model
+from dinov2.eval.setup import LoadedModel, add_cache_arguments, add_extraction_arguments, load_model
 from dinov2.eval.visualize.figures import square
 
 UNLABELLED = "unlabelled"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """--weights, --data and how images are shown to the model."""
+    """--weights and --data."""
     add = parser.add_argument
     add("--weights", required=required, help="weights of a model, in any known layout")
     add("--data", nargs="+", required=required, help="folders with a sub-folder per class, or CSV manifests")
     add("--unlabelled", action="store_true", help="--data are folders of images without classes")
-    add("--image-size", type=int, default=224, help="side of the square shown to the model, pixels (default: 224)")
 
 
 def add_table_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,11 +41,8 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--features", default="cls", help="cls, patch_mean, registers, or several joined by + (default: cls)")
     add("--limit", type=int, help="use so many images at most, spread evenly over the data")
-    add("--batch-size", type=int, default=64, help="images per forward pass (default: %(default)s)")
-    add("--num-workers", type=int, help="decoding threads (default: the CPUs there are)")
-    add("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="precision (default: %(default)s)")
-    add("--cache-dir", help="where features are kept (default: $DINOV2_CACHE or ~/.cache/dinov2)")
-    add("--no-cache", action="store_true", help="extract features again and do not keep them")
+    add_extraction_arguments(parser)
+    add_cache_arguments(parser)
 
 
 def open_dataset(args: argparse.Namespace, in_chans: int = 3) -> Any:
