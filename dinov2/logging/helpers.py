@@ -112,8 +112,8 @@ class MetricLogger:
         delimiter: between the parts of a line.
         output_file: JSON lines are appended here, by the main process.
         tensorboard_dir: event files go here, from the main process.
-        images_per_iteration: over all processes; given, lines tell images per second and the share of time spent
-            waiting for data.
+        images_per_iteration: over all processes; given, lines tell images per second, the share of time spent waiting
+            for data, and memory.
         ideal_iteration_time: seconds that an iteration's arithmetic takes at the peak of the device; given, lines tell
             the share of that peak which was reached (model-FLOP utilisation, MFU).
         window_size: iterations that medians are taken over.
@@ -243,14 +243,14 @@ class MetricLogger:
         if self.images_per_iteration is not None:
             times["images_per_s"] = self.images_per_iteration / max(times["iter_time"], 1e-9)
             times["data_wait"] = times["data_time"] / max(times["iter_time"], 1e-9)
+            times["memory_gib"] = peak_memory() / 2**30
             parts += [f"{times['images_per_s']:.1f} img/s", f"data {times['data_wait']:.0%}"]
+            parts.append(f"mem {times['memory_gib']:.1f} GiB")
         else:
             parts.append(f"{times['iter_time']:.3g} s/it")
         if self.ideal_iteration_time is not None:
             times["mfu"] = self.ideal_iteration_time / max(times["iter_time"], 1e-9)
             parts.append(f"MFU {times['mfu']:.1%}")
-        times["memory_gib"] = peak_memory() / 2**30
-        parts.append(f"mem {times['memory_gib']:.1f} GiB")
         logger.info("%s", self.delimiter.join(parts))
         for writer in self._writers:
             writer.write(iteration, {**times, **medians})
