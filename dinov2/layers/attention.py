@@ -17,16 +17,40 @@ from torch import Tensor, nn
 from .packing import Layout, merge_equal_lengths, sequence_offsets, unpack
 
 ATTENTION_BACKENDS = ("auto", "sdpa", "flex", "varlen", "xformers")
+LONGEST_BY_PRODUCTS = 1024  # tokens; above, `auto` no longer gains on a CPU and the attention matrix grows large
+
+
+def _auto(qkv: Tensor, layout: Layout, dropout: float = 0.0, is_causal: bool = False) -> Tensor:
+    """The fastest kernel that runs everywhere, one call per crop size.
+
+    PyTorch's fused attention picks the best kernel a GPU has (cuDNN, flash, memory-efficient or plain). On a CPU in
+    bfloat16 its backward pass costs two to five times the plain matrix products (docs/benchmarks.md), which are used
+    there while their attention matrix is small.
+    """
+    small = max(length for _, length in layout) <= LONGEST_BY_PRODUCTS
+    if small and qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and not dropout and not is_causal:
+        return _per_crop_size(qkv, layout, _attend_by_products)
+    return _sdpa(qkv, layout, dropout, is_causal)
 
 
 def _sdpa(qkv: Tensor, layout: Layout, dropout: float = 0.0, is_causal: bool = False) -> Tensor:
     """PyTorch's fused attention, one call per crop size."""
+    fused = functools.partial(F.scaled_dot_product_attention, dropout_p=dropout, is_causal=is_causal)
+    return _per_crop_size(qkv, layout, fused)
+
+
+def _per_crop_size(qkv: Tensor, layout: Layout, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """Call `attend` on `(images, heads, tokens, head dim)` queries, keys and values of each crop size."""
     outputs = []
     for group in unpack(qkv, merge_equal_lengths(layout)):
         query, key, value = group.permute(2, 0, 3, 1, 4).unbind(0)
-        output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=is_causal)
-        outputs.append(output.transpose(1, 2).flatten(0, 1))
+        outputs.append(attend(query, key, value).transpose(1, 2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _attend_by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention as two matrix products around a softmax; stores the attention matrix."""
+    return (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1) @ value
 
 
 def _varlen(qkv: Tensor, layout: Layout) -> Tensor:
@@ -86,7 +110,13 @@ def _xformers_mask(layout: Layout):
     return BlockDiagonalMask.from_seqlens([length for images, length in layout for _ in range(images)])
 
 
-_KERNELS: dict[str, Callable[..., Tensor]] = {"sdpa": _sdpa, "varlen": _varlen, "flex": _flex, "xformers": _xformers}
+_KERNELS: dict[str, Callable[..., Tensor]] = {
+    "auto": _auto,
+    "sdpa": _sdpa,
+    "varlen": _varlen,
+    "flex": _flex,
+    "xformers": _xformers,
+}
 _MODULES = {"varlen": "torch.nn.attention.varlen", "flex": "torch.nn.attention.flex_attention", "xformers": "xformers"}
 
 
@@ -101,11 +131,7 @@ def check_attention_backend(backend: str) -> None:
 
 
 def _kernel_for(backend: str, qkv: Tensor) -> Callable[..., Tensor]:
-    """The kernel that runs on this tensor, or ValueError with the reason why the backend cannot.
-
-    `auto` is PyTorch's fused attention, one call per crop size, on every device: it picks the best kernel the device
-    has (cuDNN, flash, memory-efficient or plain), and a batch has two crop sizes, so there is little left to gain.
-    """
+    """The backend's kernel, or ValueError with the reason why it cannot run on this tensor."""
     if backend == "varlen" and not (qkv.is_cuda and qkv.dtype in (torch.float16, torch.bfloat16)):
         raise ValueError(
             f"attention_backend='varlen' runs in float16 or bfloat16 on a CUDA device, not in "
@@ -115,7 +141,7 @@ def _kernel_for(backend: str, qkv: Tensor) -> Callable[..., Tensor]:
         raise ValueError(f"attention_backend='flex' has no gradients on {qkv.device.type}; use 'auto' or 'sdpa'")
     if backend == "xformers" and not qkv.is_cuda:
         raise ValueError(f"attention_backend='xformers' runs on CUDA, not on {qkv.device.type}; use 'auto' or 'sdpa'")
-    return _KERNELS["sdpa" if backend == "auto" else backend]
+    return _KERNELS[backend]
 
 
 class Attention(nn.Module):
@@ -174,8 +200,8 @@ class Attention(nn.Module):
             return self(x.flatten(0, 1), ((images, length),), is_causal).unflatten(0, (images, length))
         qkv = self._project(x)
         kernel = _kernel_for(self.attention_backend, qkv)
-        if kernel is _sdpa:
-            mixed = _sdpa(qkv, layout, self.attn_drop if self.training else 0.0, is_causal)
+        if kernel in (_auto, _sdpa):
+            mixed = kernel(qkv, layout, self.attn_drop if self.training else 0.0, is_causal)
         elif is_causal:
             raise ValueError(
                 f"causal attention needs attention_backend 'auto' or 'sdpa', not {self.attention_backend!r}"

@@ -32,6 +32,20 @@ def test_tokens_of_a_packed_image_never_see_another_image():
         torch.testing.assert_close(together, straight_attention(module, alone))
 
 
+@pytest.mark.parametrize("tokens", [9, 1025])  # by matrix products, and above their limit by the fused kernel
+def test_auto_in_bfloat16_agrees_with_float32_forward_and_backward(tokens):
+    module = Attention(16, num_heads=2, qkv_bias=True)
+    results = []
+    for enabled in (False, True):
+        x = torch.randn(2, tokens, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = module(x)
+        output.float().square().sum().backward()
+        results.append((output.float(), x.grad))
+    for exact, rough in zip(*results):
+        assert (exact - rough).norm() / exact.norm() < 0.03
+
+
 def test_causal_attention_does_not_look_ahead():
     module = Attention(16, num_heads=2)
     x = torch.randn(1, 6, 16)
