@@ -59,6 +59,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.gradient_accumulation_steps": (1, INFINITY),
     "train.log_period": (1, INFINITY),
     "train.peak_tflops": (0, INFINITY),
+    "train.profile_steps": (0, INFINITY),
     "student.patch_size": (1, INFINITY),
     "student.layerscale": (0, INFINITY),
     "student.block_chunks": (0, INFINITY),

@@ -108,6 +108,7 @@ class TrainSection:
     activation_checkpointing: str  # recompute instead of keep: none, selective (attention kept) or full
     log_period: int  # iterations between log lines
     peak_tflops: float  # of the device, TFLOP/s, to tell the share reached (MFU); 0: known GPUs by name, else not told
+    profile_steps: int  # steps to trace into OUTPUT/profile after the first 5 of a start; 0: none
 
 
 @dataclass
