@@ -14,7 +14,7 @@ SETTINGS = {
     "crops.local_crops_size": 24,
     "crops.local_crops_number": 2,
     "train.batch_size_per_gpu": 16,
-    "train.OFFICIAL_EPOCH_LENGTH": 40,
+    "train.OFFICIAL_EPOCH_LENGTH": 32,
     "optim.epochs": 3,
     "augmentations.hue": 0.1,  # the two microscopes stain differently
     "augmentations.saturation": 0.4,
@@ -29,7 +29,7 @@ def quick_model() -> tuple[str, list[str]]:
     cells, run = folder / "cells", folder / "run"
     if not cells.exists():
         unfinished = folder / "cells.part"
-        synthetic.generate(unfinished, CLASSES, 100, sources=2, num_workers=2, progress=False, overwrite=True)
+        synthetic.generate(unfinished, CLASSES, 60, sources=2, num_workers=2, progress=False, overwrite=True)
         unfinished.rename(cells)
     data = [str(path) for path in sorted(cells.iterdir())]
     iterations = SETTINGS["train.OFFICIAL_EPOCH_LENGTH"] * SETTINGS["optim.epochs"]
