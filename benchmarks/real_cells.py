@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 from dinov2.data import ImageDataset
-from dinov2.train.demo import plot_scores, read_history
+from dinov2.train.demo import plot_scores
+from dinov2.train.health import read_history
 
 SETTINGS = [
     "--config-file=train/demo",
@@ -74,7 +75,7 @@ def main() -> None:
     codes, start = [], time.monotonic()
     for end in (args.minutes * 30, args.minutes * 60):
         codes.append(train(command, start + end - time.monotonic()))
-    history = read_history(args.out / "run" / "eval_metrics.json")
+    history = read_history(args.out / "run")
     plot_scores(history, args.out / "scores.png")
     print(json.dumps({"exit codes": codes, "minutes": (time.monotonic() - start) / 60, "scores": history}, indent=1))
 

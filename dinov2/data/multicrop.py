@@ -38,11 +38,12 @@ logger = logging.getLogger("dinov2")
 
 _BATCHES_AHEAD = 2  # per worker
 _TRIES = 100  # images in a row that may be unreadable before a worker gives up
+_GRACE = 2  # times `hold` batches are given from a fault on, in which the processes of a run agree to save and stop
 _FORGIVEN = 5  # unreadable files that never stop a run, however small the dataset
 _SHARED_MEMORY = "/dev/shm"
 
 
-class TooManyUnreadable(RuntimeError):
+class TooManyUnreadable(ValueError):
     """More of the images tried were unreadable than `max_unreadable_share` allows."""
 
 
@@ -64,6 +65,9 @@ class MultiCropLoader:
 
     A batch lies in a slot of the ring, and is valid until `hold` more batches have been asked for. `to_device` copies
     it, and the loader waits for that copy before it gives the slot back to a worker.
+
+    Where too many images are unreadable, `fault` says so, and a few batches later the iteration raises it: time for the
+    processes of a run to agree, save and stop, for none of them may leave the others waiting.
 
     Args:
         dataset: `len()`, `read(index)` giving pixels `(H, W, C)` or raising `UnreadableImage`; and if it has several
@@ -119,6 +123,8 @@ class MultiCropLoader:
         self.num_workers = resolve_num_workers(num_workers, get_local_size())
         self.start_iteration = start_iteration
         self.unreadable: dict[str, str] = {}  # path: reason
+        self.fault: TooManyUnreadable | None = None
+        self._batches_since_fault = 0
         self._max_unreadable_share = max_unreadable_share
         self._augmentation = augmentation
         self._dtype = dtype
@@ -175,6 +181,7 @@ class MultiCropLoader:
                 started = time.perf_counter()
                 report = next(reports)
                 self._account(report, time.perf_counter() - started)
+                self._raise_old_fault()
                 self._copies.append(None)
                 yield self._maker.layout.batch(self._maker.slot(report.iteration), report.masked)
         finally:
@@ -223,18 +230,29 @@ class MultiCropLoader:
             if path not in self.unreadable:
                 logger.warning("%s cannot be read (%s): another image takes its place", path, reason)
                 self.unreadable[path] = reason
+        if report.gave_up and self.fault is None:
+            path, reason = report.unreadable[-1]
+            self.fault = TooManyUnreadable(
+                f"{_TRIES} images in a row could not be read; the last is {path} ({reason}). Is the disk still there?"
+            )
         tried = self._stats.images + self._stats.unreadable
         allowed = self._max_unreadable_share * tried
         if tried < self._maker.n_images:  # within the first pass, a few more may be chance: three standard deviations
             allowed += 3 * allowed**0.5
-        if self._stats.unreadable > allowed and len(self.unreadable) > _FORGIVEN:
+        if self._stats.unreadable > allowed and len(self.unreadable) > _FORGIVEN and self.fault is None:
             examples = "\n".join(f"  {path}: {reason}" for path, reason in list(self.unreadable.items())[:5])
-            raise TooManyUnreadable(
+            self.fault = TooManyUnreadable(
                 f"{self._stats.unreadable} of {tried} images tried could not be read "
                 f"({self._stats.unreadable / tried:.1%}), more than "
                 f"train.max_unreadable_share={self._max_unreadable_share:g} allows; {len(self.unreadable)} files:\n"
                 f"{examples}\nFind them all with `dinov2 check`, leave them out with train.exclude, or raise the share"
             )
+
+    def _raise_old_fault(self) -> None:
+        if self.fault is not None:
+            self._batches_since_fault += 1
+            if self._batches_since_fault > _GRACE * self._hold:
+                raise self.fault
 
 
 class _Report(NamedTuple):
@@ -243,6 +261,7 @@ class _Report(NamedTuple):
     iteration: int
     masked: int
     unreadable: list[tuple[str, str]]  # path and reason of each failed read
+    gave_up: bool  # images were left black, for nothing could be read in their place
     seconds: float  # CPU time
 
 
@@ -331,20 +350,23 @@ class _BatchMaker(Dataset):
         started = time.process_time()
         tensors = self.layout.tensors(self.slot(iteration))
         with _one_thread():
-            unreadable = self._fill_crops(iteration, tensors)
+            unreadable, gave_up = self._fill_crops(iteration, tensors)
             masked = self._fill_masks(iteration, tensors)
-        return _Report(iteration, masked, unreadable, time.process_time() - started)
+        return _Report(iteration, masked, unreadable, gave_up, time.process_time() - started)
 
-    def _fill_crops(self, iteration: int, tensors: dict[str, Tensor]) -> list[tuple[str, str]]:
+    def _fill_crops(self, iteration: int, tensors: dict[str, Tensor]) -> tuple[list[tuple[str, str]], bool]:
         unreadable: list[tuple[str, str]] = []
+        gave_up = False
         draw = self._make_drawer(tensors)
         in_batch = np.arange(self.layout.batch_size)
         positions = (iteration * self.layout.batch_size + in_batch) * self._world_size + self._rank
         for image, (position, index) in enumerate(zip(positions.tolist(), self._stream[positions].tolist())):
-            pixels = self._read(index, position, unreadable)
+            pixels = None if gave_up else self._read(index, position, unreadable)
+            if pixels is None:  # the run is about to stop: no hundred more tries for each image that is left
+                gave_up, pixels = True, np.zeros((32, 32, self._augmentation.channels), np.uint8)
             crops = self._augmentation.draw(*pixels.shape[:2], _rng(self._seed, position))
             draw(pixels, crops, image)
-        return unreadable
+        return unreadable, gave_up
 
     def _make_drawer(self, tensors: dict[str, Tensor]) -> Callable[[np.ndarray, np.ndarray, int], None]:
         """From pixels, crop parameters and the number of an image to its rows in the slot."""
@@ -360,8 +382,11 @@ class _BatchMaker(Dataset):
 
         return draw
 
-    def _read(self, index: int, position: int, unreadable: list[tuple[str, str]]) -> np.ndarray:
-        """Read an image; where it cannot be read, one that depends on the seed and the position only."""
+    def _read(self, index: int, position: int, unreadable: list[tuple[str, str]]) -> np.ndarray | None:
+        """Read an image; where it cannot be read, one that depends on the seed and the position only.
+
+        None after too many tries.
+        """
         for attempt in range(1, _TRIES + 1):
             try:
                 return as_pixels(self._dataset.read(index), self._augmentation.channels)
@@ -369,8 +394,7 @@ class _BatchMaker(Dataset):
                 unreadable.append((os.fspath(problem.path), problem.reason))
             elsewhere = _rng(self._seed, position, attempt).integers(1 << 40)
             index = int(self._stream[np.array([elsewhere])][0])
-        path, reason = unreadable[-1]
-        raise TooManyUnreadable(f"{_TRIES} images in a row could not be read; the last is {path} ({reason})")
+        return None
 
     def _fill_masks(self, iteration: int, tensors: dict[str, Tensor]) -> int:
         # A text as seed is hashed, so that neighbouring numbers give unrelated masks.

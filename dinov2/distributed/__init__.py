@@ -100,7 +100,8 @@ def enable(
 
     Raises:
         RuntimeError: already enabled, or an environment variable contradicts the launcher.
-        ValueError: the launcher's variables make no sense, or this machine has fewer GPUs than processes.
+        ValueError: the launcher's variables make no sense, or the GPU asked for is not there, or there are fewer GPUs
+            than processes.
     """
     global _environment
     if is_enabled():
@@ -143,8 +144,16 @@ def disable() -> None:
 def _gpu_index(environment: ProcessEnvironment, device: torch.device | str | None) -> int:
     count = torch.cuda.device_count()
     asked = torch.device(device).index if device is not None else None
+    if count == 0:
+        raise ValueError(f"device {device}: PyTorch {torch.__version__} sees no GPU here; use cpu or auto")
+    if asked is not None and asked >= count:
+        raise ValueError(f"device {device}: this machine shows {count} GPU(s), cuda:0 to cuda:{count - 1}")
     if environment.world_size == 1:
         return asked or 0
+    if asked is not None:
+        raise ValueError(
+            f"device {device}: {environment.world_size} processes cannot share one GPU; use cuda, and each takes its own"
+        )
     if count == 1:  # SLURM can show each process its own GPU only
         return 0
     if environment.local_rank >= count:

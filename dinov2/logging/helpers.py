@@ -171,7 +171,7 @@ class MetricLogger:
 
     def log_scalars(self, iteration: int, scalars: Mapping[str, float]) -> None:
         """Send numbers that come from outside the loop, such as scores, to every writer but the JSON file."""
-        self._open_tensorboard(iteration)
+        self._open_tensorboard(0)  # which drops nothing: scores of an old checkpoint may come late
         for writer in self._writers:
             if not isinstance(writer, JsonLinesWriter):
                 writer.write(iteration, scalars)

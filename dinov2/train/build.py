@@ -13,6 +13,7 @@ from dinov2.data import DataAugmentationDINO, ImageDataset, MaskingGenerator, Mu
 from dinov2.data.cache import cache_decoded
 from dinov2.data.collate import Batch
 from dinov2.data.datasets.registry import is_dataset_string, parse_dataset_string
+from dinov2.data.multicrop import TooManyUnreadable
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process
 from dinov2.train.schedules import total_iterations
 from dinov2.utils.config import get_effective_batch_size
@@ -93,6 +94,11 @@ class TrainBatches:
             max_unreadable_share=cfg.train.max_unreadable_share,
             hold=self.steps,
         )
+
+    @property
+    def fault(self) -> TooManyUnreadable | None:
+        """Why the run must stop: too many images cannot be read."""
+        return self.loader.fault
 
     def __iter__(self) -> Iterator[list[Batch]]:
         batches = iter(self.loader)

@@ -6,13 +6,13 @@ dinov2 demo [--out DIR]
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from dinov2.data import synthetic
+from dinov2.train.health import read_history
 from dinov2.train.train import main as train
 
 CONFIG = "train/demo"
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = train(training_arguments(cells, run, args))
     if code:
         return code
-    history = read_history(run / "eval_metrics.json")
+    history = read_history(run)
     curve = run / "scores.png"
     plot_scores(history, curve)
     print(summary(history, run, curve, drawn - start, time.monotonic() - drawn))
@@ -72,12 +72,6 @@ def training_arguments(cells: Path, run: Path, args: argparse.Namespace) -> list
         f"train.seed={args.seed}",
         *args.opts,
     ]
-
-
-def read_history(path: Path) -> list[dict[str, float]]:
-    """The scores of a run, one dict per evaluation; of evaluations repeated after a resume, the last."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return list({row["iteration"]: row for row in rows}.values())
 
 
 def plot_scores(history: list[dict[str, float]], path: Path) -> None:

@@ -7,8 +7,11 @@ when they say that the features collapse.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,12 +67,13 @@ class HealthMonitor:
             normalisation in `augmentations`.
         device: where the backbone lives.
         held_out: paths of images that are not trained on, such as `ImageDataset.preserved_images`; None for none.
+        history: earlier readings of the same run (`read_history`), for alarms that compare with them.
 
     Raises:
         ValueError: only one of the two labelled folders is given, or their classes do not match.
     """
 
-    def __init__(self, cfg: Any, *, device: torch.device, held_out: Any = None):
+    def __init__(self, cfg: Any, *, device: torch.device, held_out: Any = None, history: Sequence[dict] = ()):
         evaluation = cfg.evaluation
         if bool(evaluation.fit_dataset_path) != bool(evaluation.eval_dataset_path):
             raise ValueError(
@@ -96,7 +100,7 @@ class HealthMonitor:
             "mean": tuple(cfg.augmentations.mean),
             "std": tuple(cfg.augmentations.std),
         }
-        self.best_rank = 0.0
+        self.best_rank = max((row["rankme"] for row in history if "rankme" in row), default=0.0)
         if self.fit is not None:
             align_classes(_labels_only(self.fit), _labels_only(self.eval))
             logger.info(f"probes learn from {len(self.fit)} images and are scored on {len(self.eval)}")
@@ -131,7 +135,7 @@ class HealthMonitor:
                 "ALARM: the teacher's features are not finite; the run is lost, go back to an earlier checkpoint"
             )
             return {"rankme": math.nan, "feature_std": math.nan}
-        signs = {"rankme": self.rank_me(features), "feature_std": feature_std(features)}
+        signs = {"rankme": rank_me(features), "feature_std": feature_std(features)}
         for problem in self.symptoms(signs) if alarm else ():
             logger.error(
                 f"ALARM: the features collapse: {problem}. Early in a run this may pass; if the next reading says the "
@@ -155,7 +159,13 @@ class HealthMonitor:
             problems.append(f"rankme={rank:.1f} has fallen below half of its best value {self.best_rank:.1f}")
         return problems
 
-    rank_me = staticmethod(rank_me)
+
+def read_history(output_dir: str | Path, before: float = math.inf) -> list[dict[str, float]]:
+    """The readings in `eval_metrics.json` of a run, up to and with iteration `before`; of repeated ones, the last."""
+    path = Path(output_dir) / "eval_metrics.json"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    latest = {row["iteration"]: row for row in rows if row["iteration"] <= before}
+    return [latest[iteration] for iteration in sorted(latest)]
 
 
 def finite(features: np.ndarray) -> bool:

@@ -20,8 +20,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from dinov2 import distributed
+from dinov2.data.multicrop import TooManyUnreadable
 from dinov2.fsdp import CheckpointError, FSDPCheckpointer, clip_gradients, full_state_dict, set_gradient_sync
-from dinov2.logging import MetricLogger
+from dinov2.logging import MetricLogger, build_trackers
 from dinov2.models.weights import save_backbone
 from dinov2.train.build import (
     TrainBatches,
@@ -30,12 +31,13 @@ from dinov2.train.build import (
 )
 from dinov2.train.engine import prepare_backbone
 from dinov2.train.flops import ideal_step_time
-from dinov2.train.health import HealthMonitor
-from dinov2.train.resume import refuse_changed_config, run_identity
+from dinov2.train.health import HealthMonitor, read_history
+from dinov2.train.profiling import DEFAULT_STEPS, profiled_steps
+from dinov2.train.resume import compare_with_checkpoint, run_identity, set_logs_aside
 from dinov2.train.schedules import ScheduleValues, build_schedulers, total_iterations
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.watch import NonFiniteLossError, StepWatch, stop_on_signal
-from dinov2.utils.config import get_effective_batch_size, setup
+from dinov2.utils.config import get_effective_batch_size, setup, write_config
 from dinov2.utils.errors import exit_code_of
 
 logger = logging.getLogger("dinov2")
@@ -57,6 +59,9 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     parser.add_argument("--no-resume", action="store_true", help="start anew even if the output folder has checkpoints")
     parser.add_argument("--eval-only", action="store_true", help="score the newest checkpoint and write its weights")
     parser.add_argument("--eval", type=str, default="", help="with --eval-only: the checkpoint folder to score")
+    parser.add_argument(
+        "--profile", action="store_true", help=f"trace {DEFAULT_STEPS} steps, or train.profile_steps, into profile/"
+    )
     parser.add_argument("--output-dir", "--output_dir", default="", type=str, help="where logs and weights go")
     parser.add_argument("opts", nargs="*", default=None, metavar="key=value", help="settings that override the file's")
     return parser
@@ -123,6 +128,7 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, fl
 
     Raises:
         TrainingInterrupted: a signal asked to stop; the checkpoint is complete.
+        TooManyUnreadable: too many images cannot be read; the checkpoint is complete.
         NonFiniteLossError: the loss was not finite twice in a row; the last good checkpoint stands.
         ResumeError: the checkpoint belongs to a run with other settings.
     """
@@ -132,16 +138,23 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, fl
     checkpointer = build_checkpointer(cfg, model, optimizer)
     dataset = build_train_dataset(cfg)
     describe_data(cfg, dataset)
-    start, stop = resume_or_start(cfg, checkpointer, resume), total_iterations(cfg)
+    identity = run_identity(cfg, dataset)
+    start, stop = resume_or_start(cfg, identity, checkpointer, resume), total_iterations(cfg)
     data = TrainBatches(cfg, dataset, device=model.device, dtype=model.input_dtype, start_iteration=start)
-    health = HealthMonitor(cfg, device=model.device, held_out=dataset.preserved_images)
+    history = read_history(cfg.train.output_dir, before=start)
+    health = HealthMonitor(cfg, device=model.device, held_out=dataset.preserved_images, history=history)
     metrics = build_metric_logger(cfg, model)
     watch = StepWatch(model.device)
     interrupted = False
     if start == 0:
         report_health(cfg, model, health, metrics, iteration=0)
 
-    with contextlib.closing(checkpointer), stop_on_signal() as stop_request:
+    with (
+        contextlib.closing(checkpointer),
+        contextlib.closing(metrics),
+        stop_on_signal() as stop_request,
+        profiled_steps(cfg, model.device) as step_is_done,
+    ):
         steps = metrics.log_every(
             data, cfg.train.log_period, "Training", stop, start, should_stop=lambda: watch.stop_agreed
         )
@@ -159,7 +172,7 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, fl
 
             # Under loss scaling a gradient that overflows is in order: the scale adapts.
             watched = losses if model.fp16_scaler.enabled else {**losses, **grad_norms}
-            means = watch.observe(iteration, watched, stop=bool(stop_request))
+            means = watch.observe(iteration, watched, stop=bool(stop_request or data.fault))
             losses = {name: means[name] for name in losses}
             metrics.update(total_loss=sum(losses.values()), **losses, **grad_norms, **schedule_metrics(now))
             if model.watched:
@@ -168,15 +181,17 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, fl
             done = iteration + 1
             interrupted = watch.stop_agreed and done < stop
             if interrupted or is_due(done, checkpoint_period(cfg), last=stop):
-                save(cfg, checkpointer, model, done)
+                save(identity, checkpointer, model, done)
             if done == stop or (not interrupted and is_due(done, cfg.evaluation.eval_period_iterations, last=stop)):
                 do_test(cfg, model, done)
                 report_health(cfg, model, health, metrics, iteration=done)
+            step_is_done()
         watch.finish()
         checkpointer.wait()
     if checkpointer.last_save_failed:
         raise CheckpointError("the last checkpoint could not be written, see the log; the one before it stands")
     if interrupted:
+        raise_data_fault(data, done)
         raise TrainingInterrupted(f"stopped after {done} of {stop} iterations, as a signal asked; all is saved")
     return {name: meter.global_avg for name, meter in metrics.meters.items()}
 
@@ -230,6 +245,13 @@ def report_health(cfg: Any, model: SSLMetaArch, health: HealthMonitor, metrics: 
 # Pieces of a run --------------------------------------------------------------------------------------------------
 
 
+def raise_data_fault(data: TrainBatches, done: int) -> None:
+    """Raise on every rank what made one of them stop: too many images that cannot be read."""
+    faults = [fault for fault in distributed.gather_objects(data.fault and str(data.fault)) if fault]
+    if faults:
+        raise TooManyUnreadable(f"{faults[0]}\nThe run stopped after {done} iterations, all is saved")
+
+
 def build_metric_logger(cfg: Any, model: SSLMetaArch) -> MetricLogger:
     """Losses, speeds and schedules to the console, `training_metrics.json` and TensorBoard."""
     output_dir = Path(cfg.train.output_dir)
@@ -239,6 +261,7 @@ def build_metric_logger(cfg: Any, model: SSLMetaArch) -> MetricLogger:
         images_per_iteration=get_effective_batch_size(cfg),
         window_size=cfg.train.log_period,  # a report tells of the iterations since the one before
         ideal_iteration_time=ideal_step_time(model, cfg),
+        writers=build_trackers(cfg.train.loggers, output_dir, OmegaConf.to_container(cfg, resolve=True)),
     )
 
 
@@ -255,23 +278,31 @@ def build_checkpointer(cfg: Any, model: SSLMetaArch, optimizer: torch.optim.Opti
     )
 
 
-def resume_or_start(cfg: Any, checkpointer: FSDPCheckpointer, resume: bool) -> int:
-    """The number of iterations already done: those of the newest checkpoint, or 0."""
+def resume_or_start(cfg: Any, identity: dict[str, Any], checkpointer: FSDPCheckpointer, resume: bool) -> int:
+    """The number of iterations already done: those of the newest checkpoint, or 0.
+
+    The output folder's `config.yaml` is written here: one that is refused leaves the old one as it was.
+    """
     if not resume:
         checkpointer.set_aside()
     found = checkpointer.get_checkpoint_file()
+    if found:
+        compare_with_checkpoint(identity, found)
+    else:
+        set_logs_aside(cfg.train.output_dir)
+    if distributed.is_main_process():
+        write_config(cfg, cfg.train.output_dir)
     if not found:
         return 0
-    refuse_changed_config(cfg, found)
     extra = checkpointer.load(found)
     logger.info("resuming from %s, after %d iterations", found, extra["iteration"])
     return extra["iteration"]
 
 
-def save(cfg: Any, checkpointer: FSDPCheckpointer, model: SSLMetaArch, done: int) -> None:
+def save(identity: dict[str, Any], checkpointer: FSDPCheckpointer, model: SSLMetaArch, done: int) -> None:
     """Write the checkpoint that a run of `done` iterations goes on from."""
     model.apply_center_updates()
-    checkpointer.save(f"model_{done - 1:07d}", iteration=done, config=run_identity(cfg))
+    checkpointer.save(f"model_{done - 1:07d}", iteration=done, config=identity)
 
 
 def checkpoint_period(cfg: Any) -> int:
@@ -322,7 +353,9 @@ def main(args: argparse.Namespace | Sequence[str] | None = None) -> int:
     """
     if not isinstance(args, argparse.Namespace):
         args = get_args_parser().parse_args(args)
-    cfg = setup(args)
+    cfg = setup(args, for_training=not args.eval_only, write=False)
+    if args.profile and not cfg.train.profile_steps:
+        cfg.train.profile_steps = DEFAULT_STEPS
     try:
         model = build_model(cfg)
         if args.eval_only:
@@ -351,8 +384,8 @@ def export_checkpoint(cfg: Any, model: SSLMetaArch, checkpoint: str = "") -> Non
     if not found:
         raise CheckpointError(f"no checkpoint in {checkpointer.save_dir}; train first, or name one with --eval")
     done = checkpointer.load(found)["iteration"]
-    dataset = build_train_dataset(cfg)
-    health = HealthMonitor(cfg, device=model.device, held_out=dataset.preserved_images)
+    held_out = build_train_dataset(cfg).preserved_images if cfg.train.dataset_path else None
+    health = HealthMonitor(cfg, device=model.device, held_out=held_out)
     do_test(cfg, model, done)
     report_health(cfg, model, health, build_metric_logger(cfg, model), done)
 

@@ -93,15 +93,15 @@ def default_setup(args: argparse.Namespace, *, seed: int | None = None, device: 
     logger.info("arguments: %s", " ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
 
 
-def setup(args: argparse.Namespace, *, for_training: bool = True) -> DictConfig:
+def setup(args: argparse.Namespace, *, for_training: bool = True, write: bool = True) -> DictConfig:
     """Turn a command line into a configuration that can run, with processes, log and seeds in place.
 
-    Everything is checked before a process group or an output folder exists. Afterwards `config.yaml` lies in the
-    output folder and `args.output_dir` is absolute.
+    Everything is checked before a process group or an output folder exists. Afterwards `args.output_dir` is absolute.
 
     Args:
         args: `config_file`, `output_dir`, `opts` (`section.key=value` words).
         for_training: false where no training images are needed, as in an evaluation.
+        write: leave the configuration as `config.yaml` in the output folder.
 
     Raises:
         ConfigError: everything that is wrong with the configuration, at once.
@@ -118,6 +118,6 @@ def setup(args: argparse.Namespace, *, for_training: bool = True) -> DictConfig:
             for sentence in find_advice(cfg, effective_batch=get_effective_batch_size(cfg)):
                 logger.warning("%s", sentence)
     apply_scaling_rules_to_cfg(cfg)
-    if distributed.is_main_process():
+    if write and distributed.is_main_process():
         write_config(cfg, args.output_dir)
     return cfg

@@ -231,7 +231,17 @@ def test_a_few_unreadable_images_never_stop_a_run():
 
 def test_a_dataset_of_which_nothing_can_be_read_ends_with_an_error():
     with pytest.raises(TooManyUnreadable, match="100 images in a row"):
-        first(1, dataset=Pictures(unreadable=range(40)))
+        first(3, dataset=Pictures(unreadable=range(40)))
+
+
+def test_a_run_learns_of_too_many_unreadable_images_in_time_to_save_and_stop():
+    with_loader = loader(Pictures(unreadable=range(40)))
+    batches = iter(with_loader)
+    assert next(batches)["collated_global_crops"].isfinite().all()  # black images, but a whole batch
+    assert isinstance(with_loader.fault, TooManyUnreadable)
+    next(batches)  # the other processes may ask for one more before they have heard
+    with pytest.raises(TooManyUnreadable):
+        next(batches)
 
 
 def test_sources_are_drawn_by_their_weights():

@@ -1,6 +1,6 @@
 import pytest
 
-from dinov2.distributed import _parse_slurm_node_list, detect
+from dinov2.distributed import _parse_slurm_node_list, detect, enable
 
 TORCHRUN = {
     "MASTER_ADDR": "10.0.0.1",
@@ -102,3 +102,20 @@ def test_slurm_host_lists_expand(text, hosts):
 def test_an_empty_slurm_host_list_is_refused():
     with pytest.raises(ValueError, match="no host"):
         _parse_slurm_node_list("")
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ValueError, match="device cuda: .* sees no GPU here; use cpu or auto"):
+        enable(device="cuda")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(ValueError, match="device cuda:7: this machine shows 2"):
+        enable(device="cuda:7")
+
+
+def test_processes_cannot_be_sent_to_one_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="device cuda:1: 8 processes cannot share one GPU; use cuda"):
+        enable(device="cuda:1")

@@ -51,6 +51,7 @@ class Slurm:
     def pause(self, job_id: str) -> None:
         """Stop the processes where they are, so that a quick machine is not done before SLURM has decided."""
         subprocess.run(["scancel", "--signal=STOP", job_id], check=True)
+        assert self.field(job_id, "JobState") in ("RUNNING", "STOPPED"), f"job {job_id} ended before it could be paused"
 
     def go_on(self, job_id: str) -> None:
         subprocess.run(["scancel", "--signal=CONT", job_id], check=True)
@@ -83,13 +84,13 @@ def slurm(cluster, monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory, cell_folder):
-    """A configuration file of a training of seconds, 16 steps long."""
+    """A configuration file of a training of seconds, 40 steps long."""
     head = {"head_n_prototypes": 64, "head_hidden_dim": 32, "head_bottleneck_dim": 16}
     sections = {
         "train": {
             "dataset_path": [str(cell_folder)],
             "batch_size_per_gpu": 4,
-            "OFFICIAL_EPOCH_LENGTH": 16,
+            "OFFICIAL_EPOCH_LENGTH": 40,
             "num_workers": 1,
             "log_period": 1,
             "device": "cpu",

@@ -16,7 +16,7 @@ from dinov2.run.train.train import main
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-ITERATIONS = 16  # of the tiny training
+ITERATIONS = 40  # of the tiny training: enough that a quick machine is not done before it can be disturbed
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_a_requeued_job_resumes_and_ends_with_the_losses_of_an_undisturbed_one(
 ):
     output = tmp_path / "run"
     # SLURM kills what it requeues after KillWait (5 s here): the last regular checkpoint has to do.
-    job = submit(capsys, tiny, output, "--partition", "hard", "--no-resume", "checkpoint.period_iterations=2")
+    job = submit(capsys, tiny, output, "--partition", "hard", "--no-resume", "checkpoint.period_iterations=4")
     slurm.wait("a checkpoint", lambda: list(output.glob("checkpoints/*/checkpoint.json")))
     subprocess.run(["scontrol", "requeue", job], check=True)
     slurm.wait_for_state(job, "COMPLETED")

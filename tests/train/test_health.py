@@ -1,3 +1,4 @@
+import json
 import logging
 import math
 
@@ -7,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dinov2.train.health import HealthMonitor, feature_std, rank_me
+from dinov2.train.health import HealthMonitor, feature_std, rank_me, read_history
 
 
 def config(fit="", evaluation=""):
@@ -89,6 +90,16 @@ def test_a_rank_that_halves_is_an_alarm(caplog):
     monitor.spread(np.eye(40, dtype=np.float32))
     monitor.spread(np.concatenate([np.eye(10)] * 4).astype(np.float32))
     assert "fallen below half of its best value 40.0" in caplog.text
+
+
+def test_a_run_that_goes_on_remembers_its_best_rank(tmp_path, caplog):
+    rows = [{"iteration": 0, "rankme": 9.0}, {"iteration": 4, "rankme": 30.0}, {"iteration": 8, "rankme": 50.0}]
+    (tmp_path / "eval_metrics.json").write_text("".join(json.dumps(row) + "\n" for row in [rows[1], *rows]))
+    history = read_history(tmp_path, before=4)
+    assert history == rows[:2]
+    monitor = HealthMonitor(config(), device=torch.device("cpu"), history=history)
+    monitor.spread(np.concatenate([np.eye(10)] * 4).astype(np.float32))
+    assert "fallen below half of its best value 30.0" in caplog.text
 
 
 def test_features_that_are_not_finite_are_said_so(tiny_vit, image_paths, caplog):

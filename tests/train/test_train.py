@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,9 @@ from omegaconf import OmegaConf
 
 import dinov2
 from dinov2.configs import dinov2_default_config
+from dinov2.data.multicrop import TooManyUnreadable
 from dinov2.train import train as module
+from dinov2.train.health import read_history
 from dinov2.train.resume import ResumeError
 from dinov2.train.schedules import build_schedulers
 from dinov2.train.train import EXIT_INTERRUPTED, EXIT_NOT_FINITE, main
@@ -122,12 +126,15 @@ def test_a_finished_run_started_again_does_nothing_more(finished, cell_folder):
     assert main(arguments(cell_folder, finished, **extra)) == 0
     assert (finished / "training_metrics.json").read_text() == before
     assert main(arguments(cell_folder, finished, "--eval-only", **extra)) == 0
+    assert [row["iteration"] for row in read_history(finished)] == [0, 4, 8]
 
 
 def test_a_changed_setting_is_refused_and_shown(finished, cell_folder):
     changes = {"train.path_preserved": cell_folder, "train.frac": 0.25, "optim.base_lr": 0.5}
+    settings = (finished / "config.yaml").read_text()
     with pytest.raises(ResumeError, match=r"optim\.base_lr: 0\.004 -> 0\.5"):
         main(arguments(cell_folder, finished, **changes))
+    assert (finished / "config.yaml").read_text() == settings
 
 
 def test_a_run_stopped_in_the_middle_goes_on_to_the_same_losses(cell_folder, tmp_path, monkeypatch):
@@ -135,8 +142,8 @@ def test_a_run_stopped_in_the_middle_goes_on_to_the_same_losses(cell_folder, tmp
 
     save = module.save
 
-    def save_then_stop(cfg, checkpointer, model, done):
-        save(cfg, checkpointer, model, done)
+    def save_then_stop(identity, checkpointer, model, done):
+        save(identity, checkpointer, model, done)
         if done == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -189,6 +196,38 @@ def test_no_resume_starts_anew_and_keeps_the_old_checkpoints_aside(cell_folder, 
     assert main(arguments(cell_folder, tmp_path, **short)) == 0
     assert main(arguments(cell_folder, tmp_path, "--no-resume", **short)) == 0
     assert (tmp_path / "checkpoints.1" / "model_0000003").is_dir()
+    assert sorted(losses_of(tmp_path / "logs_before.1")) == [0, 1, 2, 3]
+    assert len((tmp_path / "training_metrics.json").read_text().splitlines()) == 4
+
+
+def test_a_run_in_which_too_many_images_cannot_be_read_saves_and_says_so(cell_folder, tmp_path):
+    cells = shutil.copytree(cell_folder, tmp_path / "cells")
+    for path in sorted(path for path in cells.rglob("*") if path.is_file())[::2]:
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(TooManyUnreadable, match=r"max_unreadable_share=0.01 allows(.*\n)*.*all is saved"):
+        main(arguments(cells, tmp_path / "run"))
+    assert list((tmp_path / "run" / "checkpoints").glob("model_*"))
+
+
+def test_images_that_changed_since_the_checkpoint_are_told(cell_folder, tmp_path):
+    cells = shutil.copytree(cell_folder, tmp_path / "cells")
+    short = {"optim.epochs": 1, "optim.warmup_epochs": 0, "evaluation.eval_period_iterations": 0}
+    assert main(arguments(cells, tmp_path / "run", **short)) == 0
+    some = next(path for path in cells.rglob("*") if path.is_file())
+    some.with_stem("another").write_bytes(some.read_bytes())
+    assert main(arguments(cells, tmp_path / "run", **short)) == 0
+    log = (tmp_path / "run" / "logs" / "log.txt").read_text()
+    assert re.search(r"changed since the checkpoint: training images: (\d+) -> (\d+)", log)
+
+
+def test_a_profile_traces_the_steps_after_the_first_ones_and_changes_no_loss(finished, cell_folder, tmp_path):
+    changes = {"train.path_preserved": cell_folder, "train.frac": 0.25, "evaluation.eval_period_iterations": 0}
+    assert main(arguments(cell_folder, tmp_path, "--profile", **changes, **{"train.profile_steps": 2})) == 0
+    (trace,) = (tmp_path / "profile").glob("*.pt.trace.json")
+    names = [event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]]
+    assert sum(name.startswith("ProfilerStep#") for name in names) == 2
+    assert "aten::addmm" in names
+    assert losses_of(tmp_path) == losses_of(finished)
 
 
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
@@ -211,6 +250,22 @@ def test_the_schedules_start_warm_and_end_as_configured():
     assert schedules.at(1250).last_layer_lr == schedules.at(1250).lr
     assert schedules.at(0).teacher_temp == pytest.approx(0.04)
     assert schedules.at(30 * 1250).teacher_temp == schedules.at(total + 5).teacher_temp == pytest.approx(0.07)
+
+
+def test_torchrun_trains_two_processes_and_scores_their_checkpoint(cell_folder, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    short = {"optim.epochs": 1, "optim.warmup_epochs": 0}
+    changes = {**short, "evaluation.fit_dataset_path": cell_folder, "evaluation.eval_dataset_path": cell_folder}
+    for options in ([], ["--eval-only"]):
+        command = [*torchrun, "dinov2/train/train.py", *arguments(cell_folder, tmp_path, *options, **changes)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(losses_of(tmp_path)) == [0, 1, 2, 3]
+    assert len(list(tmp_path.glob("checkpoints/model_0000003/*.distcp"))) == 2
+    rows = [json.loads(line) for line in (tmp_path / "eval_metrics.json").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [0, 4, 4]
+    assert rows[1] == pytest.approx(rows[2])
 
 
 @pytest.mark.slow
