@@ -19,6 +19,7 @@ TYPE_NAMES = {
     str | list[str]: "text or list",
     int | str: "integer or text",
     list[float]: "list of numbers",
+    list[str]: "list of texts",
     int: "integer",
     float: "number",
     bool: "true/false",

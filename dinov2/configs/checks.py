@@ -2,6 +2,7 @@
 
 import difflib
 import glob
+import importlib.util
 import os
 import re
 import types
@@ -35,6 +36,8 @@ for _key in TYPES:
         CHOICES[_key] = ("NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD")
     elif _key.endswith(("param_dtype", "reduce_dtype", "buffer_dtype")):
         CHOICES[_key] = ("fp32", "bf16", "fp16")
+
+TRACKERS = ("wandb", "mlflow")  # extras of the same names
 
 INFINITY = float("inf")
 
@@ -77,6 +80,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "optim.clip_grad": (0, INFINITY),
     "optim.freeze_last_layer_epochs": (0, INFINITY),
     "optim.freeze_backbone_epochs": (0, INFINITY),
+    "optim.backbone_lr_mult": (0, INFINITY),
     "optim.patch_embed_lr_mult": (0, INFINITY),
     "optim.layerwise_decay": (0, 1),
     "crops.local_crops_number": (0, INFINITY),
@@ -437,6 +441,11 @@ def _device_problems(cfg: DictConfig) -> Iterator[str]:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.train.device):
         yield f"train.device={cfg.train.device} is unknown: choose auto, cpu, cuda or cuda:N"
     workers = cfg.train.num_workers
+    for name in cfg.train.loggers:
+        if name not in TRACKERS:
+            yield f"train.loggers: {name} is unknown: choose from {', '.join(TRACKERS)}"
+        elif importlib.util.find_spec(name) is None:
+            yield f"train.loggers: {name} is not installed: pip install 'dinov2[{name}]', or leave it out"
     if (isinstance(workers, str) and workers != "auto") or (isinstance(workers, int) and workers < 0):
         yield f"train.num_workers={workers} must be auto or a whole number from 0 (load in the main process)"
 

@@ -109,6 +109,7 @@ class TrainSection:
     log_period: int  # iterations between log lines
     peak_tflops: float  # of the device, TFLOP/s, to tell the share reached (MFU); 0: known GPUs by name, else not told
     profile_steps: int  # steps to trace into OUTPUT/profile after the first 5 of a start; 0: none
+    loggers: list[str]  # experiment trackers beside TensorBoard: wandb, mlflow (each an extra to install)
 
 
 @dataclass
@@ -163,6 +164,7 @@ class OptimSection:
     adamw_beta1: float  # memory of the gradient's mean, 0..1
     adamw_beta2: float  # memory of the gradient's square, 0..1
     freeze_backbone_epochs: int  # epochs in which only the heads learn, for backbones that start from weights
+    backbone_lr_mult: float  # factor on the learning rate of the whole backbone; below 1 where it starts from weights
 
 
 @dataclass

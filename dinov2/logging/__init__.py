@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dinov2 import distributed
 from dinov2.logging.helpers import MetricLogger, SmoothedValue
+from dinov2.logging.trackers import build_trackers
 from dinov2.logging.writers import JsonLinesWriter, MetricWriter, TensorBoardWriter
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "MetricWriter",
     "SmoothedValue",
     "TensorBoardWriter",
+    "build_trackers",
     "setup_logging",
 ]
 

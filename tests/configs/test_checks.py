@@ -308,3 +308,10 @@ def test_small_batches_with_large_batch_settings_are_advised_against():
     assert list(find_advice(merged(), effective_batch=1024)) == []
     small = merged("train.centering=sinkhorn_knopp", "dino.head_n_prototypes=4096")
     assert list(find_advice(small, effective_batch=64)) == []
+
+
+def test_a_tracker_that_is_unknown_or_not_installed_is_refused_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "train.loggers: comet is unknown: choose from wandb, mlflow" in problems("train.loggers=[comet]")
+    (problem,) = problems("train.loggers=[mlflow]")
+    assert "pip install 'dinov2[mlflow]'" in problem
