@@ -32,6 +32,7 @@ MAX_IMAGES = 4096  # vital signs settle with a few thousand images
 COLLAPSE_SPREAD = 0.1  # of 1.0, the spread of directions drawn at random
 COLLAPSE_RANK = 3.0  # effective directions in use, of at most min(images, width)
 COLLAPSE_RANK_SHARE = 0.5  # of the highest rank seen in this run
+START_SCORE = "knn_20_accuracy"  # what a run that starts from weights must not lose
 
 
 def rank_me(features: np.ndarray | Tensor, eps: float = 1e-7) -> float:
@@ -63,8 +64,8 @@ class HealthMonitor:
     """Measures a backbone every so often; all processes enter `measure` together and get the same numbers.
 
     Args:
-        cfg: the run's configuration; reads `evaluation`, `crops.global_crops_size`, `student.patch_size` and the
-            normalisation in `augmentations`.
+        cfg: the run's configuration; reads `evaluation`, `crops.global_crops_size`, `student.patch_size`,
+            `student.pretrained_weights` and the normalisation in `augmentations`.
         device: where the backbone lives.
         held_out: paths of images that are not trained on, such as `ImageDataset.preserved_images`; None for none.
         history: earlier readings of the same run (`read_history`), for alarms that compare with them.
@@ -101,6 +102,8 @@ class HealthMonitor:
             "std": tuple(cfg.augmentations.std),
         }
         self.best_rank = max((row["rankme"] for row in history if "rankme" in row), default=0.0)
+        self.starts_from_weights = bool(cfg.student.pretrained_weights)
+        self.start_score = next((row.get(START_SCORE) for row in history if row["iteration"] == 0), None)
         if self.fit is not None:
             align_classes(_labels_only(self.fit), _labels_only(self.eval))
             logger.info(f"probes learn from {len(self.fit)} images and are scored on {len(self.eval)}")
@@ -126,7 +129,24 @@ class HealthMonitor:
             seen = extract(backbone, self.held_out, **self.extraction)
         if seen is not None:
             signs |= self.spread(seen.features, alarm=alarm)
+        if not alarm:
+            self.start_score = signs.get(START_SCORE)
+        elif self.starts_from_weights:
+            self.compare_with_start(signs)
         return signs
+
+    def compare_with_start(self, signs: dict[str, float]) -> None:
+        """An alarm in the log when 20-NN accuracy is below that of the weights that the run started from."""
+        start, score = self.start_score, signs.get(START_SCORE)
+        if start is None or score is None or score >= start:
+            return
+        chance = math.sqrt(start * (1 - start) / len(self.eval))
+        logger.error(
+            f"ALARM: 20-NN accuracy is {score:.1%}, below the {start:.1%} before the first step (standard error on "
+            f"{len(self.eval)} images: {chance:.1%}): training takes away what the weights brought. If the next "
+            "reading says the same, start again with a longer optim.freeze_backbone_epochs, a lower "
+            "optim.backbone_lr_mult or a lower optim.base_lr (docs/continue.md); eval/ keeps each reading's weights"
+        )
 
     def spread(self, features: np.ndarray, *, alarm: bool = True) -> dict[str, float]:
         """Effective rank and spread of features (N, D); an alarm in the log when they collapse."""

@@ -283,8 +283,9 @@ class SSLMetaArch(nn.Module):
         return [group for name in self.student for group in self._groups_of(name)]
 
     def _groups_of(self, name: str) -> Iterator[dict[str, Any]]:
+        factor = self.cfg.optim.backbone_lr_mult if name == "backbone" else 1.0
         for group in self.get_maybe_fused_params_for_submodel(self.student[name]):
-            yield {**group, "submodule": name}
+            yield {**group, "lr_multiplier": factor * group["lr_multiplier"], "submodule": name}
 
     def get_maybe_fused_params_for_submodel(self, m: nn.Module) -> list[dict[str, Any]]:
         """Groups of one sub-module, with layer-wise learning-rate decay; equal ones are joined."""

@@ -48,7 +48,17 @@ def test_the_checks_speak_of_existing_keys_only():
 def test_all_presets_of_the_plan_are_shipped():
     evaluations = [f"eval/vit{size}14{reg}_pretrain" for size in "sblg" for reg in ("", "_reg4")]
     runs = [
-        f"train/{name}" for name in ("vitl_cellsim_register", "vitl14", "vitl16_short", "vitg14", "vits_cells", "demo")
+        f"train/{name}"
+        for name in (
+            "vitl_cellsim_register",
+            "vitl14",
+            "vitl16_short",
+            "vitg14",
+            "vitl14_highres",
+            "vits_cells",
+            "vitl_continue",
+            "demo",
+        )
     ]
     assert set(evaluations + runs) <= set(PRESETS)
 

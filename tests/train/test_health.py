@@ -11,10 +11,10 @@ from PIL import Image
 from dinov2.train.health import HealthMonitor, feature_std, rank_me, read_history
 
 
-def config(fit="", evaluation=""):
+def config(fit="", evaluation="", weights=""):
     return OmegaConf.create(
         {
-            "student": {"in_chans": 3, "patch_size": 14},
+            "student": {"in_chans": 3, "patch_size": 14, "pretrained_weights": weights},
             "train": {"cache_dir": ""},
             "crops": {"global_crops_size": 56},
             "augmentations": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
@@ -100,6 +100,26 @@ def test_a_run_that_goes_on_remembers_its_best_rank(tmp_path, caplog):
     monitor = HealthMonitor(config(), device=torch.device("cpu"), history=history)
     monitor.spread(np.concatenate([np.eye(10)] * 4).astype(np.float32))
     assert "fallen below half of its best value 30.0" in caplog.text
+
+
+@pytest.mark.parametrize("weights", ["", "released.pth"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_run_from_weights_that_falls_below_them_is_an_alarm(weights, resumed, tiny_vit, cell_folder, caplog):
+    folders = (cell_folder, cell_folder, weights)
+    history = [{"iteration": 0, "knn_20_accuracy": 0.9}, {"iteration": 4, "knn_20_accuracy": 0.1}] if resumed else []
+    monitor = HealthMonitor(config(*folders), device=torch.device("cpu"), history=history)
+    monitor.linear_probe = False
+    if not resumed:
+        monitor.measure(tiny_vit, alarm=False)
+    start = monitor.start_score
+    monitor.measure(tiny_vit)  # equal where it is the same network
+    assert ("below the 90.0% before the first step" in caplog.text) == bool(resumed and weights)
+
+    torch.nn.init.zeros_(tiny_vit.norm.weight)
+    score = monitor.measure(tiny_vit)["knn_20_accuracy"]
+    assert score < start
+    said = f"ALARM: 20-NN accuracy is {score:.1%}, below the {start:.1%} before the first step"
+    assert (said in caplog.text) == bool(weights)
 
 
 def test_features_that_are_not_finite_are_said_so(tiny_vit, image_paths, caplog):
