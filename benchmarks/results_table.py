@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from sections import write_section
+
 from dinov2.eval.cross_validation import get_args_parser, run
 from dinov2.eval.report import Report
 from dinov2.eval.visualize import plot_embedding, reduce_to_2d, save
 
 LABEL_MAP = "docs/label_maps/pbc_raabin.yaml"
 WHITE = ("immature_granulocyte", "neutrophil")  # classes of pbc from a scanner with a white background
-BEGIN, END = "<!-- benchmarks/results_table.py -->", "<!-- end of benchmarks/results_table.py -->"
+NAME = "benchmarks/results_table.py"
 
 
 class Comparison(NamedTuple):
@@ -66,9 +68,10 @@ def as_markdown(options: Sequence[Comparison], reports: dict[str, Report], commo
         if comparison.folder == "both":
             continue
         paired = len(report.splits) == 1
-        what = f"{len(report.splits[0].train)} images to learn from, {len(report.splits[0].test)} to be tested on"
-        lines += [f"### {comparison.title}", "", f"{what}; 95 % bootstrap interval." if paired else "", ""]
-        lines += [report.interval_table() if paired else report.main_table(), ""]
+        what = f"{len(report.splits[0].train)} images to learn from, {len(report.splits[0].test)} tested"
+        lines += [f"### {comparison.title}", ""]
+        lines += [f"{what}; 95 % bootstrap interval.", "", report.interval_table()] if paired else [report.main_table()]
+        lines += [""]
     pbc = reports["pbc"]
     o = pbc.best.outcome
     lines += [f"### Classes of pbc: {pbc.method_names[o.method]} on the trained network", ""]
@@ -78,13 +81,7 @@ def as_markdown(options: Sequence[Comparison], reports: dict[str, Report], commo
     lines += ["![Accuracy when the least confident are left out](images/real_cells_abstention.png)", ""]
     lines += ["### Batch effects: pbc and raabin together", "", reports["both"].batch_effect_table(), ""]
     lines += ["![UMAP of the trained network, by class and by source](images/real_cells_umap.png)"]
-    return "\n".join(lines).replace("\n\n\n", "\n\n")
-
-
-def write_section(path: Path, section: str) -> None:
-    """Put the section between its marks in a Markdown file."""
-    before, rest = path.read_text().split(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{section}\n{END}{rest.split(END)[1]}")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -93,7 +90,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with pbc/ and raabin/")
     parser.add_argument("--out", type=Path, required=True, help="folder of the reports")
     parser.add_argument("--image-size", default="56", help="pixels (default: %(default)s)")
-    parser.add_argument("--write", type=Path, required=True, help="Markdown file with the marks of this script")
+    parser.add_argument("--write", type=Path, required=True, help="Markdown file that keeps the tables")
     args = parser.parse_args()
     common, options = ["--names", "trained", "--image-size", args.image_size], comparisons(args.data)
     reports = {}
@@ -102,7 +99,7 @@ def main() -> None:
         reports[comparison.folder] = run(get_args_parser().parse_args(words))
         print(f"{comparison.title}\n{reports[comparison.folder].interval_table()}\n", flush=True)
     draw(reports, args.out, args.write.parent / "images")
-    write_section(args.write, as_markdown(options, reports, common))
+    write_section(args.write, NAME, as_markdown(options, reports, common))
 
 
 if __name__ == "__main__":

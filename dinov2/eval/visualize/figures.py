@@ -91,7 +91,7 @@ class _Layout:
     column_titles: Sequence[str]
     title: str
     panel: float
-    scale: bool
+    scale: str
     gap: float = 0.06
     columns: int = field(init=False)
 
@@ -105,8 +105,11 @@ class _Layout:
         width = self.columns * (self.panel + self.gap)
         self.title_lines = textwrap.wrap(self.title, max(20, int((self.left + width) / CHARACTER)))
         self.top = 0.1 + 0.2 * len(self.title_lines) + (0.06 if self.title_lines else 0)
-        self.foot = 0.5 if self.scale else 0.1
         self.width = self.left + width + 0.1
+        self.bar = min(1.6, 0.4 * self.width)
+        beside = max(14, int((self.width - self.left - self.bar - 0.2) / 0.065))
+        self.scale_lines = textwrap.wrap(self.scale, beside)
+        self.foot = max(0.5, 0.2 + 0.13 * len(self.scale_lines)) if self.scale else 0.1
         self.height = self.top + self.head + len(self.rows) * (self.panel + self.caption + self.gap) + self.foot
 
     def place(self, row: int, column: int) -> tuple[float, float, float, float]:
@@ -135,7 +138,7 @@ def draw_grid(
     """
     from matplotlib.figure import Figure
 
-    layout = _Layout(rows, column_titles, title, panel, bool(scale))
+    layout = _Layout(rows, column_titles, title, panel, scale)
     figure = Figure(figsize=(layout.width, layout.height), facecolor="white")
     if layout.title_lines:
         text = "\n".join(layout.title_lines)
@@ -154,7 +157,7 @@ def draw_grid(
             y = layout.place(i, 0)[1] + panel / layout.height / 2
             figure.text((layout.left - 0.08) / layout.width, y, layout.labels[i], fontsize=9, ha="right", va="center")
     if scale:
-        _draw_scale(figure, layout, scale)
+        _draw_scale(figure, layout)
     return figure
 
 
@@ -168,17 +171,22 @@ def _draw_panel(axes: Any, item: Panel, letters: int) -> None:
         axes.set_xlabel(text, fontsize=7.5, labelpad=3 if item.frame is None else 4)
 
 
-def _draw_scale(figure: Figure, layout: _Layout, text: str) -> None:
-    width = min(1.6, 0.4 * layout.width)
-    box = (layout.left / layout.width, 0.28 / layout.height, width / layout.width, 0.1 / layout.height)
+def _draw_scale(figure: Figure, layout: _Layout) -> None:
+    """The colour bar at the foot of the figure, and what it means to its right."""
+    middle = layout.foot / 2 + 0.05
+    box = (
+        layout.left / layout.width,
+        (middle - 0.05) / layout.height,
+        layout.bar / layout.width,
+        0.1 / layout.height,
+    )
     axes = figure.add_axes(box)
     axes.imshow(np.linspace(0, 1, 256)[None], cmap=HEAT, aspect="auto", extent=(0, 1, 0, 1))
     axes.set(yticks=[])
     axes.set_xticks([0, 1], ["0", "1"], fontsize=7)
     axes.tick_params(length=2, pad=1)
-    lines = textwrap.wrap(text, max(20, int((layout.width - layout.left - width - 0.3) / 0.065)))
-    x = (layout.left + width + 0.12) / layout.width
-    figure.text(x, 0.33 / layout.height, "\n".join(lines), fontsize=7.5, va="center")
+    x = (layout.left + layout.bar + 0.12) / layout.width
+    figure.text(x, middle / layout.height, "\n".join(layout.scale_lines), fontsize=7.5, va="center")
 
 
 def save(figure: Figure, path: str | Path, dpi: int = 150) -> Path:
