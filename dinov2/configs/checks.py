@@ -80,6 +80,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "optim.clip_grad": (0, INFINITY),
     "optim.freeze_last_layer_epochs": (0, INFINITY),
     "optim.freeze_backbone_epochs": (0, INFINITY),
+    "optim.freeze_layers": (0, INFINITY),
     "optim.backbone_lr_mult": (0, INFINITY),
     "optim.patch_embed_lr_mult": (0, INFINITY),
     "optim.layerwise_decay": (0, 1),
@@ -399,6 +400,8 @@ def _architecture_problems(cfg: DictConfig) -> Iterator[str]:
             f"student.block_chunks={chunks} does not divide the {depth} blocks of {cfg.student.arch}: "
             f"choose 0 (no chunks) or one of {divisors}"
         )
+    if depth and cfg.optim.freeze_layers > depth:
+        yield f"optim.freeze_layers={cfg.optim.freeze_layers} is more than the {depth} blocks of {cfg.student.arch}"
 
 
 def _loss_problems(cfg: DictConfig) -> Iterator[str]:
@@ -451,6 +454,11 @@ def _device_problems(cfg: DictConfig) -> Iterator[str]:
 
 
 def _weights_problems(cfg: DictConfig) -> Iterator[str]:
+    if cfg.student.pretrained_heads and cfg.student.pretrained_weights in RELEASED:
+        yield (
+            f"student.pretrained_heads=true: {cfg.student.pretrained_weights} was released without heads; "
+            "set it to false, or give the teacher_checkpoint.pth of a run"
+        )
     for key in ("student.pretrained_weights", "MODEL.WEIGHTS"):
         source = OmegaConf.select(cfg, key)
         named = source in ("", *RELEASED) or source.startswith("hf:")

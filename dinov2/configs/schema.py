@@ -122,6 +122,7 @@ class StudentSection:
     layerscale: float  # initial value of LayerScale; 0: none
     drop_path_uniform: bool  # the same rate in every block; false: growing linearly with depth
     pretrained_weights: str  # backbone to start from, for student and teacher: a file or a hub name; empty: none
+    pretrained_heads: bool  # take the heads of that file too; it must have them, of the same sizes
     ffn_layer: str  # mlp, swiglu, swiglufused or identity
     block_chunks: int  # groups in the names of the blocks, as in upstream's sharded runs; 0: none
     qkv_bias: bool  # biases in the query, key and value projection
@@ -164,6 +165,7 @@ class OptimSection:
     adamw_beta1: float  # memory of the gradient's mean, 0..1
     adamw_beta2: float  # memory of the gradient's square, 0..1
     freeze_backbone_epochs: int  # epochs in which only the heads learn, for backbones that start from weights
+    freeze_layers: int  # lowest blocks of the backbone that never learn, with all that comes before them; 0: all learn
     backbone_lr_mult: float  # factor on the learning rate of the whole backbone; below 1 where it starts from weights
 
 

@@ -84,8 +84,9 @@ def head_flops(head: nn.Module) -> float:
 def step_flops(model: nn.Module, cfg: Any, images: int) -> float:
     """Operations of one optimizer step over `images` images: teacher forward, student forward and backward.
 
-    A backward pass costs two forward passes. Stochastic depth is counted at what it saves: above a rate of 0.1 a block
-    computes a subset of the images (`dinov2.layers.block`). Recomputation by activation checkpointing does not count.
+    A backward pass costs two forward passes; blocks that do not learn (`optim.freeze_layers`) have none. Stochastic
+    depth is counted at what it saves: above a rate of 0.1 a block computes a subset of the images
+    (`dinov2.layers.block`). Recomputation by activation checkpointing does not count.
     """
     student, teacher = model.student, model.teacher
     global_side, local_side, n_local = (
@@ -99,10 +100,13 @@ def step_flops(model: nn.Module, cfg: Any, images: int) -> float:
     patch_head = "ibot_head" if model.ibot_separate_head else "dino_head"
 
     kept = 1 - cfg.student.drop_path_rate if cfg.student.drop_path_rate > 0.1 else 1.0
-    student_forward = kept * (
-        2 * backbone_flops(student["backbone"], global_side) + n_local * backbone_flops(student["backbone"], local_side)
+    backbone = student["backbone"]
+    backbone_forward = kept * (
+        2 * backbone_flops(backbone, global_side) + n_local * backbone_flops(backbone, local_side)
     )
-    student_forward += (2 + n_local) * head_flops(student["dino_head"]) + masked * head_flops(student[patch_head])
+    learning = [any(p.requires_grad for p in block.parameters()) for block in backbone.iterate_blocks()]
+    backbone_both = backbone_forward * (1 + 2 * sum(learning) / len(learning))
+    heads_forward = (2 + n_local) * head_flops(student["dino_head"]) + masked * head_flops(student[patch_head])
     teacher_forward = 2 * backbone_flops(teacher["backbone"], global_side)
     teacher_forward += 2 * head_flops(teacher["dino_head"]) + masked * head_flops(teacher[patch_head])
-    return images * (3 * student_forward + teacher_forward)
+    return images * (backbone_both + 3 * heads_forward + teacher_forward)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from dinov2.distributed import get_global_size
 from dinov2.fsdp import ShardedGradScaler, get_fsdp_wrapper, local_tensors, resolve_precision
 from dinov2.layers import DINOHead, NestedTensorBlock
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
-from dinov2.models import build_model_from_cfg
+from dinov2.models import DinoVisionTransformer, build_model_from_cfg
 from dinov2.models.weights import load_weights
 from dinov2.train.vitals import neighbour_distances, prototype_entropy, teacher_agreement
 from dinov2.utils.param_groups import fuse_params_groups, get_params_groups_with_decay
@@ -39,6 +40,19 @@ class StudentOutputs(NamedTuple):
     global_cls: Tensor  # (views, batch, prototypes) logits
     local_cls: Tensor  # (local views, batch, prototypes) logits
     patches: Tensor  # (masked patches, prototypes) logits
+
+
+def freeze_lowest_layers(backbone: DinoVisionTransformer, n_blocks: int) -> None:
+    """Stop the lowest blocks of a backbone, and all that comes before them, from learning; 0 leaves all free.
+
+    Nothing below the first block that learns needs a backward pass, so the mask token stays as it is too.
+    """
+    if n_blocks == 0:
+        return
+    backbone.requires_grad_(False)
+    backbone.norm.requires_grad_(True)
+    for block in islice(backbone.iterate_blocks(), n_blocks, None):
+        block.requires_grad_(True)
 
 
 class SSLMetaArch(nn.Module):
@@ -65,9 +79,13 @@ class SSLMetaArch(nn.Module):
         self.use_sinkhorn = cfg.train.centering == "sinkhorn_knopp"
 
         student_backbone, teacher_backbone, self.embed_dim = build_model_from_cfg(cfg)
+        heads = nn.ModuleDict(self._build_heads())
         if cfg.student.pretrained_weights:
             load_weights(student_backbone, cfg.student.pretrained_weights)
-        self.student = nn.ModuleDict({"backbone": student_backbone, **self._build_heads()})
+            if cfg.student.pretrained_heads:
+                load_weights(heads, cfg.student.pretrained_weights, min_match=1.0)
+        freeze_lowest_layers(student_backbone, cfg.optim.freeze_layers)
+        self.student = nn.ModuleDict({"backbone": student_backbone, **heads})
         self.teacher = nn.ModuleDict({"backbone": teacher_backbone, **self._build_heads()})
         self.teacher.requires_grad_(False)
 

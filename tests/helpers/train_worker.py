@@ -1,6 +1,6 @@
 """One process of a tiny training on fixed batches, started by torchrun or alone; rank 0 writes what happened.
 
-usage: train_worker.py OUT STEPS STRATEGY CENTERING [CHECKPOINT_FOLDER]
+usage: train_worker.py OUT STEPS STRATEGY CENTERING [CHECKPOINT_FOLDER [key=value ...]]
 """
 
 import json
@@ -37,7 +37,7 @@ def shard_of(batch, rank, world):
     }
 
 
-def main(out, steps, strategy, centering, checkpoints=""):
+def main(out, steps, strategy, centering, checkpoints="", *settings):
     torch.set_num_threads(1)
     distributed.enable(device="cpu")
     rank, world = distributed.get_global_rank(), distributed.get_global_size()
@@ -48,7 +48,7 @@ def main(out, steps, strategy, centering, checkpoints=""):
     }
     # Near-duplicate features, as an untrained network makes them, turn rounding into other neighbours: a small weight.
     changes |= {"train.centering": centering, "ibot.separate_head": True, "dino.koleo_distributed": True}
-    cfg = tiny_config(**changes, **{"dino.koleo_loss_weight": 0.01})
+    cfg = tiny_config(**changes, **{"dino.koleo_loss_weight": 0.01}, **dict(s.split("=") for s in settings))
     model = make_model(cfg)
     optimizer = build_optimizer(cfg, model.get_params_groups())
     done = 0
