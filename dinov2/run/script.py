@@ -50,8 +50,9 @@ first=({arguments}) # not when the job comes back from the queue
 
 _AFTER_INTERRUPTION = """\
 # {code}: the training was told to stop, wrote a checkpoint and can go on. Any other code but 0 is a failure.
-# A job that somebody cancelled or requeued is no longer RUNNING: it is left alone.
-if [ $code = {code} ] && scontrol show job --oneliner "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
+# A job that somebody cancelled or requeued is in none of these states: it is left alone.
+if [ $code = {code} ] &&
+  scontrol show job --oneliner "$SLURM_JOB_ID" | grep -qE 'JobState=(RUNNING|SIGNALING|STOPPED)'; then
   echo "$(date '+%F %T') job $SLURM_JOB_ID: back to the queue, to resume from its checkpoint"
   scontrol requeue "$SLURM_JOB_ID" && sleep 60 # SLURM ends this script
 fi

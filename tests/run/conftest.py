@@ -51,6 +51,7 @@ class Slurm:
     def pause(self, job_id: str) -> None:
         """Stop the processes where they are, so that a quick machine is not done before SLURM has decided."""
         subprocess.run(["scancel", "--signal=STOP", job_id], check=True)
+        self.wait("the signal to arrive", lambda: self.field(job_id, "JobState") != "SIGNALING")
         assert self.field(job_id, "JobState") in ("RUNNING", "STOPPED"), f"job {job_id} ended before it could be paused"
 
     def go_on(self, job_id: str) -> None:

@@ -56,7 +56,7 @@ def submit(capsys, tiny: Path, output: Path, *options: str) -> str:
 
 
 def has_begun(output: Path):
-    return lambda: (output / "training_metrics.json").exists() and len(losses(output)) >= 3
+    return lambda: (output / "training_metrics.json").exists() and len(losses(output)) >= 1
 
 
 def test_the_command_of_the_readme_trains_to_the_end_and_leaves_checkpoints(undisturbed):
