@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from .models.vision_transformer import DinoVisionTransformer
+    from .eval.embedder import Embedder
 
 __version__ = "0.1.0"
 
 
-def load(source: str | Path, **options: Any) -> DinoVisionTransformer:
+def load(source: str | Path, **options: Any) -> Embedder:
     """Load a backbone from a weights file, a folder or a name, ready for inference; nothing else is needed.
 
-    See `dinov2.hub.backbones.load_backbone` for what `source` and the options may be.
+    `dinov2.load(source).embed(images)` gives the features of images as they come; the model is otherwise that of
+    `dinov2.hub.backbones.load_backbone`, which also tells what `source` and the options may be.
     """
-    from .hub.backbones import load_backbone
+    from .eval.embedder import load_embedder
 
-    return load_backbone(source, **options)
+    return load_embedder(source, **options)

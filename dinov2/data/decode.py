@@ -247,7 +247,11 @@ def _open_with_pillow(data: bytes) -> Image.Image:
 
 
 def _pillow_to_rgb(data: bytes) -> np.ndarray:
-    image = _open_with_pillow(data)
+    return pillow_to_rgb(_open_with_pillow(data))
+
+
+def pillow_to_rgb(image: Image.Image) -> np.ndarray:
+    """An opened Pillow image as `decode_rgb` gives its file: uint8 (height, width, 3), upright, on white."""
     image.load()
     orientation = _orientation(image.getexif)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -271,7 +275,11 @@ def _has_alpha(image: Image.Image) -> bool:
 
 
 def _pillow_to_channels(data: bytes) -> np.ndarray:
-    image = _open_with_pillow(data)
+    return pillow_to_channels(_open_with_pillow(data))
+
+
+def pillow_to_channels(image: Image.Image) -> np.ndarray:
+    """An opened Pillow image as `decode_channels` gives its file: (height, width, channels), upright."""
     image.load()
     orientation = _orientation(image.getexif)
     if image.mode in ("P", "PA", "1"):

@@ -376,7 +376,7 @@ def get_args_parser(
         help="cls, patch_mean, registers, patches (default: the first two)",
     )
     add("--half", action="store_true", help="store half precision: half the size")
-    add_extraction_arguments(parser)
+    add_extraction_arguments(parser, image_size=None)
     add("--overwrite", action="store_true", help="replace the file if it is there")
     add("--output-dir", help="where the log goes (default: the folder of --out)")
     return parser
@@ -392,7 +392,8 @@ def run(args: argparse.Namespace) -> Path:
     features = "+".join(args.features)
     parse_features(features)
     model = load_model(args.weights)
-    check_image_size(model.backbone, args.image_size)
+    image_size = args.image_size or model.image_size
+    check_image_size(model.backbone, image_size)
     images = Images.open(args.data, model.options["in_chans"])
     about = {
         "dinov2": __version__,
@@ -401,11 +402,11 @@ def run(args: argparse.Namespace) -> Path:
         "options": dict(model.options),
         "mean": model.mean,
         "std": model.std,
-        "image_size": args.image_size,
+        "image_size": image_size,
         "dtype": args.dtype,
         "features": features,
     }
-    chunk_rows = rows_per_chunk(width_of(model, features, args.image_size), args.batch_size)
+    chunk_rows = rows_per_chunk(width_of(model, features, image_size), args.batch_size)
     identity = {
         **{k: v for k, v in about.items() if k != "weights"},
         "images": len(images),
@@ -423,7 +424,7 @@ def run(args: argparse.Namespace) -> Path:
         images,
         store,
         features=features,
-        image_size=args.image_size,
+        image_size=image_size,
         batch_size=args.batch_size,
         chunk_rows=chunk_rows,
         num_workers=args.num_workers,

@@ -291,7 +291,7 @@ def iterate_images(
         items = list(loaded)
         unreadable = [item for item in items if isinstance(item, Unreadable)]
         readable = [(row, *item) for row, item in zip(batch, items) if not isinstance(item, Unreadable)]
-        images = torch.stack([image for _, image, _ in readable] or [blank])
+        images = torch.stack(_on_one_scale([image for _, image, _ in readable] or [blank]))
         return ImageBatch(images, [row for row, *_ in readable], [size for *_, size in readable], unreadable)
 
     if num_workers == 0:
@@ -304,6 +304,13 @@ def iterate_images(
             if i + 2 < len(batches):
                 ahead.append(pool.map(load, batches[i + 2]))
             yield assemble(batch, ahead.pop(0))
+
+
+def _on_one_scale(images: list[Tensor]) -> list[Tensor]:
+    """Bytes as float32 from 0 to 1 where they meet images that are so already."""
+    if len({image.dtype for image in images}) == 1:
+        return images
+    return [image.float() / 255 if image.dtype == torch.uint8 else image for image in images]
 
 
 class ImageFiles:

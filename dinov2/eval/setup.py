@@ -15,9 +15,9 @@ from torch import nn
 from dinov2.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from dinov2.eval.utils import default_device
 from dinov2.models import build_model_from_cfg
-from dinov2.models.architecture import build_backbone, infer_architecture
+from dinov2.models.architecture import build_backbone, describe_backbone
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.models.weights import backbone_state_dict, load_pretrained_weights, load_weights, read_state_dict
+from dinov2.models.weights import build_from_weights, load_pretrained_weights
 from dinov2.utils.config import setup
 from dinov2.utils.dtype import as_torch_dtype
 
@@ -53,10 +53,11 @@ def get_protocol_args_parser(
     return parser
 
 
-def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
-    """How images are turned into features."""
-    add = parser.add_argument
-    add("--image-size", type=int, default=224, help="side of the square shown to the model, pixels (default: 224)")
+def add_extraction_arguments(parser: argparse.ArgumentParser, image_size: int | None = 224) -> None:
+    """How images are turned into features; without a default `image_size`, at the size that the model learned at."""
+    add, usual = parser.add_argument, image_size or "that of the training, 224 where the weights do not tell"
+    size = f"side of the square shown to the model, pixels (default: {usual})"
+    add("--image-size", type=int, default=image_size, help=size)
     add("--batch-size", type=int, default=64, help="images per forward pass (default: %(default)s)")
     add("--num-workers", type=int, help="decoding threads (default: the CPUs there are)")
     precisions = ["fp32", "bf16", "fp16"]
@@ -118,6 +119,7 @@ class LoadedModel(NamedTuple):
     options: Mapping[str, Any]  # that build the same architecture
     mean: tuple[float, ...]  # of the training images, per channel, scaled to 0..1
     std: tuple[float, ...]
+    image_size: int = 224  # side of the global crops that it learned from, pixels
 
     def untrained(self, seed: int = 0) -> LoadedModel:
         """The same architecture as it was before the first step."""
@@ -129,22 +131,21 @@ class LoadedModel(NamedTuple):
 
 def load_model(weights: str | Path) -> LoadedModel:
     """A backbone from its weights alone: a file in any known layout, a Hugging Face folder, or a model's name."""
-    file = read_state_dict(weights)
-    tensors = backbone_state_dict(file.state_dict)
-    described = file.config or {}
-    options = described.get("model") or infer_architecture(tensors)
-    backbone = build_backbone(options)
-    load_weights(backbone, tensors)
-    run = described.get("run") or {}
+    backbone, run = build_from_weights(weights)
+    options = describe_backbone(backbone)
     if options["init_values"] and (layerscale := run.get("student", {}).get("layerscale")):
         options = {**options, "init_values": layerscale}  # what training began with, which shapes do not tell
-    normalisation = run.get("augmentations", {})
-    return LoadedModel(
-        frozen(backbone),
-        options,
-        tuple(normalisation.get("mean", IMAGENET_DEFAULT_MEAN)),
-        tuple(normalisation.get("std", IMAGENET_DEFAULT_STD)),
-    )
+    return LoadedModel(frozen(backbone), options, *training_view(run))
+
+
+def training_view(run: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...], int]:
+    """How a run saw its images: mean and deviation per channel, scaled to 0..1, and the side of global crops, pixels.
+
+    ImageNet's values and 224 where the config of the run, as weights files keep it, does not tell.
+    """
+    told = run.get("augmentations", {})
+    mean, std = told.get("mean", IMAGENET_DEFAULT_MEAN), told.get("std", IMAGENET_DEFAULT_STD)
+    return tuple(mean), tuple(std), run.get("crops", {}).get("global_crops_size", 224)
 
 
 def frozen(model: nn.Module) -> nn.Module:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from dinov2.models.architecture import build_empty_backbone, infer_architecture
 from dinov2.models.released import backbone_url, load_url
 from dinov2.models.vision_transformer import ARCHITECTURES, ChoiceError, DinoVisionTransformer
-from dinov2.models.weights import backbone_state_dict, load_weights, read_state_dict
+from dinov2.models.weights import build_from_weights, load_weights
 
 __all__ = [
     "Weights",
@@ -51,22 +48,8 @@ def load_backbone(
         FileNotFoundError: no such file or name.
         ValueError: damaged or unsafe file, or no backbone in it.
     """
-    file = read_state_dict(source)
-    try:
-        tensors = backbone_state_dict(file.state_dict, checkpoint_key)
-        model = build_empty_backbone(_describe(tensors, file.config or {}), **options)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:  # a damaged description may raise any of these
-        raise ValueError(f"{source}: {error}") from error
-    load_weights(model, tensors, label=str(source))
+    model, _ = build_from_weights(source, checkpoint_key, **options)
     return model.to(device).eval().requires_grad_(False)
-
-
-def _describe(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the model: as its file tells them, else from the shapes."""
-    if "model" in config:
-        return config["model"]
-    options = infer_architecture(tensors)
-    return {**options, "arch": None, "num_heads": config["num_heads"]} if "num_heads" in config else options
 
 
 def _parse_choice(weights: Weights | str, choices: type[Enum]) -> Enum:

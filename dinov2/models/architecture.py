@@ -74,8 +74,10 @@ def describe_backbone(model: DinoVisionTransformer) -> dict[str, Any]:
     }
 
 
-def build_backbone(options: Mapping[str, Any], **overrides: Any) -> DinoVisionTransformer:
-    """Build the model that `infer_architecture` or `describe_backbone` describes; `overrides` win.
+def build_backbone(
+    options: Mapping[str, Any], kind: type[DinoVisionTransformer] = DinoVisionTransformer, **overrides: Any
+) -> DinoVisionTransformer:
+    """Build the model that `infer_architecture` or `describe_backbone` describes, of a class; `overrides` win.
 
     Raises:
         ValueError: the number of heads is not known.
@@ -88,7 +90,7 @@ def build_backbone(options: Mapping[str, Any], **overrides: Any) -> DinoVisionTr
         options |= SIZES[arch]
     if options.get("num_heads") is None:
         raise ValueError(f"the number of heads of a model {options.get('embed_dim')} wide is not known; give num_heads")
-    return DinoVisionTransformer(**{"block_chunks": 0, **options})
+    return kind(**{"block_chunks": 0, **options})
 
 
 def build_empty_backbone(options: Mapping[str, Any], **overrides: Any) -> DinoVisionTransformer:

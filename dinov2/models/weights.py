@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .architecture import describe_backbone, grid_of, infer_architecture
+from .architecture import build_empty_backbone, describe_backbone, grid_of, infer_architecture
 from .key_maps import plain_name, to_plain_names
 from .pos_embed import resize_grid
 from .released import RELEASED, fetch_huggingface, load_released, unreadable_is_value_error
@@ -164,6 +164,42 @@ def load_weights(
     if "register_tokens" in report.unexpected:
         logger.warning("weights: %s was trained with registers, the model has none: features will differ", label)
     return report
+
+
+def build_from_weights(
+    source: str | Path, checkpoint_key: str | None = None, **options: Any
+) -> tuple[DinoVisionTransformer, dict[str, Any]]:
+    """Build the model that weights belong to and load them (float32, on the CPU).
+
+    Args:
+        source: what `read_state_dict` takes.
+        checkpoint_key: entry of the file to use, such as `student`; the teacher is preferred otherwise.
+        **options: arguments of `build_backbone` that win over those of the file, such as `img_size`.
+
+    Returns:
+        The model and the config of the run that wrote the file; empty where the file has none.
+
+    Raises:
+        FileNotFoundError: no such file or name.
+        ValueError: damaged or unsafe file, or no backbone in it.
+    """
+    file = read_state_dict(source)
+    config = file.config or {}
+    try:
+        tensors = backbone_state_dict(file.state_dict, checkpoint_key)
+        model = build_empty_backbone(_options(tensors, config), **options)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:  # a damaged description may raise any of these
+        raise ValueError(f"{source}: {error}") from error
+    load_weights(model, tensors, label=str(source))
+    return model, config.get("run") or {}
+
+
+def _options(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the model: as its file tells them, else from the shapes."""
+    if "model" in config:
+        return config["model"]
+    options = infer_architecture(tensors)
+    return {**options, "arch": None, "num_heads": config["num_heads"]} if "num_heads" in config else options
 
 
 def load_pretrained_weights(model: nn.Module, pretrained_weights: str | Path, checkpoint_key: str | None) -> LoadReport:
