@@ -224,6 +224,7 @@ def measure(case_name: str, args: argparse.Namespace) -> tuple[list[list[str]], 
     device = torch.device(args.device)
     case = CASES[case_name]
     images = args.images or (case.gpu_images if device.type == "cuda" else case.cpu_images)
+    torch.compiler.reset()  # what was compiled for another case counts towards PyTorch's limit of variants
     steps, flops, refused = {}, 0.0, []
     wanted = {name: side for name, side in sides_for(device).items() if not args.sides or name in args.sides}
     for name, side in wanted.items():
