@@ -236,6 +236,7 @@ def _normalised(cfg: DictConfig) -> DictConfig:
         *((cfg.train, key) for key in ("exclude", "output_dir", "cache_dir")),
         *((cfg.evaluation, key) for key in ("fit_dataset_path", "eval_dataset_path")),
         (cfg.student, "pretrained_weights"),
+        *((cfg.distillation, key) for key in ("config_file", "checkpoint")),
         (cfg.MODEL, "WEIGHTS"),
     ):
         section[key] = _expanded(section[key])
@@ -325,6 +326,7 @@ def find_problems(cfg: DictConfig, *, for_training: bool = True) -> Iterator[str
     yield from _schedule_problems(cfg)
     yield from _device_problems(cfg)
     yield from _weights_problems(cfg)
+    yield from _distillation_problems(cfg)
     if for_training:
         yield from _data_problems(cfg)
         yield from _evaluation_problems(cfg)
@@ -469,6 +471,15 @@ def _weights_problems(cfg: DictConfig) -> Iterator[str]:
             yield f"{key}={source}: no such file; give a weights file, hf:owner/model or one of {names}{hint}"
 
 
+def _distillation_problems(cfg: DictConfig) -> Iterator[str]:
+    if not cfg.distillation.enabled:
+        return
+    for key, what in (("config_file", "RUN/config.yaml"), ("checkpoint", "RUN/eval/training_N/teacher_checkpoint.pth")):
+        path = cfg.distillation[key]
+        if not Path(path).is_file():
+            yield f"distillation.{key}={path or repr('')}: no such file; give that of the run to learn from, {what}"
+
+
 DATA_FILES = (".csv", ".tsv", ".parquet", ".tar")  # what train.dataset_path takes beside folders
 
 
@@ -531,6 +542,11 @@ def _evaluation_problems(cfg: DictConfig) -> Iterator[str]:
 
 def find_advice(cfg: DictConfig, *, effective_batch: int) -> Iterator[str]:
     """Yield warnings about settings that run but rarely learn. `effective_batch`: images per optimizer step."""
+    if cfg.distillation.enabled and cfg.student.drop_path_rate > 0:
+        yield (
+            f"student.drop_path_rate={cfg.student.drop_path_rate}: DINOv2 distils without stochastic depth (paper, "
+            "section 5); set it to 0"
+        )
     prototypes = max(cfg.dino.head_n_prototypes, cfg.ibot.head_n_prototypes if cfg.ibot.separate_head else 0)
     if effective_batch < 256 and (cfg.train.centering == "centering" or prototypes >= 65536):
         yield (

@@ -147,6 +147,15 @@ class TeacherSection:
 
 
 @dataclass
+class DistillationSection:
+    """A frozen, larger network tells the student what to say, in place of the student's own moving average."""
+
+    enabled: bool  # learn from the network below; the student's moving average is still what is exported
+    config_file: str  # configuration of the run that made it, such as RUN/config.yaml
+    checkpoint: str  # its weights with heads, such as RUN/eval/training_N/teacher_checkpoint.pth
+
+
+@dataclass
 class OptimSection:
     """AdamW and its schedules."""
 
@@ -235,6 +244,7 @@ class Config:
     train: TrainSection
     student: StudentSection
     teacher: TeacherSection
+    distillation: DistillationSection
     optim: OptimSection
     crops: CropsSection
     augmentations: AugmentationsSection

@@ -88,7 +88,7 @@ def step_flops(model: nn.Module, cfg: Any, images: int) -> float:
     depth is counted at what it saves: above a rate of 0.1 a block computes a subset of the images
     (`dinov2.layers.block`). Recomputation by activation checkpointing does not count.
     """
-    student, teacher = model.student, model.teacher
+    student, teacher = model.student, getattr(model, model.target_role)
     global_side, local_side, n_local = (
         cfg.crops.global_crops_size,
         cfg.crops.local_crops_size,

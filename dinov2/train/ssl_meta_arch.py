@@ -8,9 +8,11 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from dinov2.configs import load_and_merge_config
 from dinov2.data.collate import Batch
 from dinov2.distributed import get_global_size
 from dinov2.fsdp import ShardedGradScaler, get_fsdp_wrapper, local_tensors, resolve_precision
@@ -55,11 +57,69 @@ def freeze_lowest_layers(backbone: DinoVisionTransformer, n_blocks: int) -> None
         block.requires_grad_(True)
 
 
+def build_heads(cfg: Any, embed_dim: int, *, separate: bool) -> dict[str, DINOHead]:
+    """The projection heads that a configuration describes: `dino_head` and, if `separate`, `ibot_head`."""
+    sections = {"dino_head": cfg.dino, "ibot_head": cfg.ibot} if separate else {"dino_head": cfg.dino}
+    return {
+        name: DINOHead(
+            in_dim=embed_dim,
+            out_dim=section.head_n_prototypes,
+            hidden_dim=section.head_hidden_dim,
+            bottleneck_dim=section.head_bottleneck_dim,
+            nlayers=section.head_nlayers,
+        )
+        for name, section in sections.items()
+    }
+
+
+def build_guide(cfg: Any) -> nn.ModuleDict:
+    """The frozen network that a student of configuration `cfg` learns from (`distillation`), heads included.
+
+    Raises:
+        ValueError: it has no heads, or gives targets that the student's heads or patches cannot meet.
+    """
+    source = cfg.distillation
+    theirs = load_and_merge_config(source.config_file)
+    same = ["student.patch_size", "student.in_chans", "dino.head_n_prototypes"]
+    if cfg.ibot.loss_weight > 0:
+        same += ["ibot.separate_head", *(["ibot.head_n_prototypes"] if cfg.ibot.separate_head else [])]
+    differing = [
+        f"  {key}: {OmegaConf.select(theirs, key)} there, {OmegaConf.select(cfg, key)} here"
+        for key in same
+        if OmegaConf.select(theirs, key) != OmegaConf.select(cfg, key)
+    ]
+    if differing:
+        raise ValueError(
+            f"distillation.config_file={source.config_file}: set these to what the network to learn from has:\n"
+            + "\n".join(differing)
+        )
+    theirs.crops.global_crops_size = cfg.crops.global_crops_size
+    backbone, embed_dim = build_model_from_cfg(theirs, only_teacher=True)
+    heads = nn.ModuleDict(
+        build_heads(theirs, embed_dim, separate=bool(cfg.ibot.loss_weight > 0 and cfg.ibot.separate_head))
+    )
+    load_weights(backbone, source.checkpoint, min_match=1.0)
+    load_weights(heads, source.checkpoint, min_match=1.0)
+    return nn.ModuleDict({"backbone": backbone, **heads}).requires_grad_(False)
+
+
+def _leave_guide_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    for name in [name for name in state_dict if name.startswith(f"{prefix}guide.")]:
+        del state_dict[name]
+
+
+def _miss_no_guide(module: nn.Module, incompatible_keys: Any) -> None:
+    missing = incompatible_keys.missing_keys
+    missing[:] = [name for name in missing if not name.startswith("guide.")]
+
+
 class SSLMetaArch(nn.Module):
     """Student and teacher of DINOv2, with their losses.
 
     `student` and `teacher` are ModuleDicts with the same keys: `backbone`, `dino_head` and, when
-    `ibot.separate_head`, `ibot_head`.
+    `ibot.separate_head`, `ibot_head`. Under `distillation`, a third one, the frozen `guide`, gives the targets; the
+    teacher is then no more than the moving average that is exported. Checkpoints leave the guide out: its own file has
+    it.
 
     Args:
         cfg: a whole configuration (`dinov2.configs`).
@@ -88,6 +148,12 @@ class SSLMetaArch(nn.Module):
         self.student = nn.ModuleDict({"backbone": student_backbone, **heads})
         self.teacher = nn.ModuleDict({"backbone": teacher_backbone, **self._build_heads()})
         self.teacher.requires_grad_(False)
+        self.distils = cfg.distillation.enabled
+        if self.distils:
+            self.guide = build_guide(cfg)
+            self.register_state_dict_post_hook(_leave_guide_out)
+            self.register_load_state_dict_post_hook(_miss_no_guide)
+        self.target_role = "guide" if self.distils else "teacher"  # who gives the targets
 
         self.dino_loss = DINOLoss(cfg.dino.head_n_prototypes)
         self.ibot_patch_loss = iBOTPatchLoss(
@@ -104,6 +170,7 @@ class SSLMetaArch(nn.Module):
             role: {part: resolve_precision(cfg.compute_precision, role, part, device) for part in getattr(self, role)}
             for role in ("student", "teacher")
         }
+        self.precision["guide"] = self.precision["teacher"]
         computes_in_half = any(p.compute == torch.float16 for p in self.precision["student"].values())
         self.fp16_scaler = ShardedGradScaler(device, enabled=cfg.compute_precision.grad_scaler and computes_in_half)
         self._warned_koleo = False
@@ -111,19 +178,7 @@ class SSLMetaArch(nn.Module):
         self.vital_signs: dict[str, Tensor] = {}  # of the newest batch of the newest watched step
 
     def _build_heads(self) -> dict[str, DINOHead]:
-        heads = {"dino_head": self.cfg.dino}
-        if self.ibot_separate_head:
-            heads["ibot_head"] = self.cfg.ibot
-        return {
-            name: DINOHead(
-                in_dim=self.embed_dim,
-                out_dim=section.head_n_prototypes,
-                hidden_dim=section.head_hidden_dim,
-                bottleneck_dim=section.head_bottleneck_dim,
-                nlayers=section.head_nlayers,
-            )
-            for name, section in heads.items()
-        }
+        return build_heads(self.cfg, self.embed_dim, separate=self.ibot_separate_head)
 
     @property
     def device(self) -> torch.device:
@@ -160,11 +215,12 @@ class SSLMetaArch(nn.Module):
 
     @torch.no_grad()
     def teacher_targets(self, batch: Batch, teacher_temp: float) -> TeacherTargets:
-        """What the teacher says of the global views, unmasked: of each image and at the masked patches."""
-        tokens = self._run("teacher", "backbone", batch["collated_global_crops"], is_training=True)
+        """What the teacher (or the guide) says of the unmasked global views: of each image, at the masked patches."""
+        role = self.target_role
+        tokens = self._run(role, "backbone", batch["collated_global_crops"], is_training=True)
         cls_tokens = tokens["x_norm_clstoken"]
         patch_tokens = self._masked_patches(tokens, batch)
-        cls_logits, patch_logits = self._apply_heads("teacher", cls_tokens, patch_tokens)
+        cls_logits, patch_logits = self._apply_heads(role, cls_tokens, patch_tokens)
 
         if self.use_sinkhorn:
             cls = self.dino_loss.sinkhorn_knopp_teacher(cls_logits, teacher_temp)
@@ -179,8 +235,11 @@ class SSLMetaArch(nn.Module):
         return TeacherTargets(cls=cls.unflatten(0, (N_GLOBAL, -1)), patches=patches)
 
     def student_outputs(self, batch: Batch) -> StudentOutputs:
-        """What the student says of the masked global views and of the local ones."""
-        crops, masks = [batch["collated_global_crops"]], [batch["collated_masks"]]
+        """What the student says of the masked global views and of the local ones.
+
+        When it distils it sees every patch; the masks then only choose the patches whose loss is counted.
+        """
+        crops, masks = [batch["collated_global_crops"]], [None if self.distils else batch["collated_masks"]]
         if len(batch["collated_local_crops"]):
             crops.append(batch["collated_local_crops"])
             masks.append(None)
@@ -292,6 +351,8 @@ class SSLMetaArch(nn.Module):
         """Train the student; the teacher stays in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
+        if self.distils:
+            self.guide.eval()
         return self
 
     # Building -----------------------------------------------------------------------------------------------------
@@ -318,8 +379,8 @@ class SSLMetaArch(nn.Module):
         """Start the teacher as the student and spread both over the processes (does nothing more on one)."""
         for name in self.student:
             self.teacher[name].load_state_dict(self.student[name].state_dict())
-        for role in ("student", "teacher"):
+        for role in ("student", "teacher", "guide") if self.distils else ("student", "teacher"):
             for name, module in getattr(self, role).items():
-                settings = self.cfg.compute_precision[role][name]
+                settings = self.cfg.compute_precision["student" if role == "student" else "teacher"][name]
                 precision = self.precision[role][name]
                 get_fsdp_wrapper(settings, {NestedTensorBlock}, device=self.device, precision=precision)(module)

@@ -340,7 +340,8 @@ def build_model(cfg: Any) -> SSLMetaArch:
     device = choose_device(cfg.train.device)
     model = SSLMetaArch(cfg, device).to(device)
     prepare_backbone(model.student["backbone"], cfg.train.activation_checkpointing, compiled=cfg.train.compile)
-    prepare_backbone(model.teacher["backbone"], "none", compiled=cfg.train.compile)
+    for role in {"teacher", model.target_role}:
+        prepare_backbone(getattr(model, role)["backbone"], "none", compiled=cfg.train.compile)
     model.prepare_for_distributed_training()
     return model
 

@@ -1,14 +1,32 @@
-"""Recipes beyond the plain run: frozen layers, a second run at a higher resolution."""
+"""Recipes beyond the plain run: frozen layers, a second run at a higher resolution, distillation."""
+
+import os
+import signal
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
 from tiny_runs import arguments, losses_of
 from tiny_training import make_batch, make_model, tiny_config
 
 import dinov2
 from dinov2.models.weights import read_state_dict
+from dinov2.train import train as module
 from dinov2.train.flops import step_flops
-from dinov2.train.train import accumulate_gradients, apply_optim_scheduler, build_optimizer, clip_and_step, main
+from dinov2.train.train import (
+    EXIT_INTERRUPTED,
+    accumulate_gradients,
+    apply_optim_scheduler,
+    build_optimizer,
+    clip_and_step,
+    main,
+)
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_two_processes import assert_same_run, train
 
 SHORT = {"optim.epochs": 1, "optim.warmup_epochs": 0, "evaluation.eval_period_iterations": 0}
 
@@ -79,3 +97,133 @@ def test_heads_that_are_asked_for_and_not_in_the_file_are_missed(cell_folder, tm
     changes = {**SHORT, "student.pretrained_weights": backbone, "student.pretrained_heads": True}
     with pytest.raises(ValueError, match=r"teacher_backbone\.pth"):
         main(arguments(cell_folder, tmp_path / "high", **changes))
+
+
+# ----------------------------------------------------------------------------------------------------- distillation
+
+
+def larger_network(folder, **changes):
+    """A network of twelve blocks with heads and the files of its run; a student has two."""
+    cfg = tiny_config(**{"ibot.separate_head": True, "dino.head_hidden_dim": 48, **changes})
+    network = make_model(cfg, depth=12)
+    OmegaConf.save(cfg, folder / "config.yaml")
+    torch.save({"teacher": network.teacher.state_dict()}, folder / "teacher_checkpoint.pth")
+    return network.teacher
+
+
+def distilling(folder, **changes):
+    settings = {"ibot.separate_head": True, "train.centering": "sinkhorn_knopp", "distillation.enabled": True}
+    settings |= {"distillation.config_file": folder / "config.yaml"}
+    return tiny_config(**{**settings, "distillation.checkpoint": folder / "teacher_checkpoint.pth", **changes})
+
+
+def sinkhorn_by_hand(logits, temperature):
+    q = (logits.double() / temperature).exp()
+    for _ in range(3):
+        q = q / q.sum(0) / q.shape[1]
+        q = q / q.sum(1, keepdim=True)
+    return q.float()
+
+
+def test_a_student_learns_from_the_frozen_network_and_sees_every_patch(tmp_path):
+    guide = larger_network(tmp_path)
+    cfg = distilling(tmp_path, **{"dino.koleo_loss_weight": 0})
+    model, batch = make_model(cfg), make_batch(0)
+    model.forward_backward(batch, 0.05)
+
+    globals_, locals_, masks = (batch[f"collated_{k}"] for k in ("global_crops", "local_crops", "masks"))
+    with torch.no_grad():
+        told = guide["backbone"](globals_, is_training=True)
+        cls = sinkhorn_by_hand(guide["dino_head"](told["x_norm_clstoken"]), 0.05).split(4)
+        patches = sinkhorn_by_hand(guide["ibot_head"](told["x_norm_patchtokens"][masks]), 0.05)
+    student = make_model(cfg).student
+    seen = student["backbone"](globals_, is_training=True)
+    said = student["dino_head"](seen["x_norm_clstoken"]).split(4)
+    said_locals = [student["dino_head"](student["backbone"](crop)) for crop in locals_.split(4)]
+    pairs = [(said[0], cls[1]), (said[1], cls[0]), *((s, t) for s in said_locals for t in cls)]
+    loss = sum(F.cross_entropy(s / 0.1, t) for s, t in pairs) / len(pairs)
+    per_patch = F.cross_entropy(
+        student["ibot_head"](seen["x_norm_patchtokens"][masks]) / 0.1, patches, reduction="none"
+    )
+    loss = loss + (per_patch * batch["masks_weight"]).sum() / len(masks)
+    loss.backward()
+    for (name, ours), expected in zip(model.student.named_parameters(), student.parameters()):
+        if expected.grad is not None:
+            torch.testing.assert_close(ours.grad, expected.grad, rtol=2e-3, atol=1e-5, msg=name)
+        else:  # the mask token, which nobody shows
+            assert ours.grad is None or not ours.grad.any(), name
+
+
+def test_the_network_to_learn_from_stays_and_the_exported_average_follows_the_student(tmp_path):
+    guide = larger_network(tmp_path)
+    cfg = distilling(tmp_path)
+    model = make_model(cfg)
+    before = [p.clone() for p in model.teacher.parameters()]
+    steps(cfg, model)
+    for ours, original in zip(model.guide.parameters(), guide.parameters()):
+        assert torch.equal(ours, original)
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.teacher.parameters()))
+    assert not any(name.startswith("guide") for name in model.state_dict())
+    model.load_state_dict(model.state_dict())
+
+
+def test_a_network_with_other_prototypes_or_patches_is_refused_with_both_values(tmp_path):
+    larger_network(tmp_path)
+    cfg = distilling(tmp_path, **{"dino.head_n_prototypes": 30, "ibot.head_n_prototypes": 25})
+    with pytest.raises(
+        ValueError, match=r"dino.head_n_prototypes: 40 there, 30 here\n.*ibot.head_n_prototypes: 24 there"
+    ):
+        make_model(cfg)
+
+
+def test_a_network_without_heads_is_refused(tmp_path):
+    guide = larger_network(tmp_path)
+    torch.save(guide["backbone"].state_dict(), tmp_path / "teacher_checkpoint.pth")
+    with pytest.raises(ValueError, match="teacher_checkpoint"):
+        make_model(distilling(tmp_path))
+
+
+def test_two_processes_distil_as_one_does(tmp_path):
+    larger_network(tmp_path)
+    settings = [f"distillation.config_file={tmp_path / 'config.yaml'}", "distillation.enabled=True"]
+    settings.append(f"distillation.checkpoint={tmp_path / 'teacher_checkpoint.pth'}")
+    alone = train(tmp_path / "one.json", 1, 2, "NO_SHARD", "sinkhorn_knopp", "", *settings)
+    together = train(tmp_path / "two.json", 2, 2, "SHARD_GRAD_OP", "sinkhorn_knopp", "", *settings)
+    assert_same_run(alone, together)
+
+
+# ---------------------------------------------------------------------------------------------------------- resuming
+
+
+def stopped_and_resumed(monkeypatch, words, output_dir, after):
+    """Stop a run by a signal after some iterations, and let the same command end it."""
+    save = module.save
+
+    def save_then_stop(identity, checkpointer, model, done):
+        save(identity, checkpointer, model, done)
+        if done == after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(module, "save", save_then_stop)
+    assert main(words) == EXIT_INTERRUPTED
+    monkeypatch.undo()
+    assert main(words) == 0
+    return losses_of(output_dir)
+
+
+@pytest.mark.parametrize("recipe", ["distillation", "frozen layers"])
+def test_a_stopped_run_of_a_recipe_goes_on_bit_for_bit(recipe, cell_folder, tmp_path, monkeypatch):
+    settings = {"evaluation.eval_period_iterations": 0}
+    if recipe == "distillation":
+        assert main(arguments(cell_folder, tmp_path / "first", **SHORT)) == 0
+        settings |= {"distillation.enabled": True, "distillation.config_file": tmp_path / "first/config.yaml"}
+        settings["distillation.checkpoint"] = tmp_path / "first/eval/training_4/teacher_checkpoint.pth"
+    else:
+        settings["optim.freeze_layers"] = 3
+    assert main(arguments(cell_folder, tmp_path / "straight", **settings)) == 0
+    words = arguments(cell_folder, tmp_path / "stopped", **settings)
+    assert stopped_and_resumed(monkeypatch, words, tmp_path / "stopped", after=4) == losses_of(tmp_path / "straight")
+    ends = [
+        read_state_dict(tmp_path / run / "eval/training_8/teacher_checkpoint.pth") for run in ("straight", "stopped")
+    ]
+    assert all(torch.equal(ends[0].state_dict[name], ends[1].state_dict[name]) for name in ends[0].state_dict)
