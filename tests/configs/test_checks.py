@@ -315,3 +315,11 @@ def test_a_tracker_that_is_unknown_or_not_installed_is_refused_with_the_command_
     assert "train.loggers: comet is unknown: choose from wandb, mlflow" in problems("train.loggers=[comet]")
     (problem,) = problems("train.loggers=[mlflow]")
     assert "pip install 'dinov2[mlflow]'" in problem
+
+
+def test_a_network_to_learn_from_must_be_there_and_stochastic_depth_is_advised_against(tmp_path):
+    said = problems("distillation.enabled=true", f"distillation.config_file={tmp_path}/c.yaml")
+    assert any(f"distillation.config_file={tmp_path}/c.yaml: no such file" in problem for problem in said)
+    assert any("distillation.checkpoint='': no such file" in problem for problem in said)
+    advice = list(find_advice(merged("distillation.enabled=true"), effective_batch=1024))
+    assert any("student.drop_path_rate=0.3" in sentence for sentence in advice)
