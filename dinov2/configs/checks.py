@@ -72,6 +72,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "teacher.momentum_teacher": (0, 1),
     "teacher.final_momentum_teacher": (0, 1),
     "teacher.warmup_teacher_temp_epochs": (0, INFINITY),
+    "gram.loss_weight": (0, INFINITY),
+    "gram.start_iteration": (0, INFINITY),
+    "gram.update_every": (0, INFINITY),
     "optim.epochs": (1, INFINITY),
     "optim.weight_decay": (0, INFINITY),
     "optim.weight_decay_end": (0, INFINITY),
@@ -437,6 +440,12 @@ def _mask_problems(cfg: DictConfig) -> Iterator[str]:
 
 
 def _schedule_problems(cfg: DictConfig) -> Iterator[str]:
+    iterations = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
+    if cfg.gram.loss_weight > 0 and cfg.gram.start_iteration >= iterations > 0:
+        yield (
+            f"gram.start_iteration={cfg.gram.start_iteration} is not reached in a run of {iterations} iterations: "
+            "lower it, or set gram.loss_weight=0"
+        )
     for key in ("warmup_epochs", "freeze_last_layer_epochs", "freeze_backbone_epochs"):
         if cfg.optim[key] > max(cfg.optim.epochs, 0):
             yield f"optim.{key}={cfg.optim[key]} is longer than the run, optim.epochs={cfg.optim.epochs}: shorten it"

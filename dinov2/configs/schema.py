@@ -156,6 +156,15 @@ class DistillationSection:
 
 
 @dataclass
+class GramSection:
+    """Gram anchoring: the patch similarities of an earlier teacher hold those of the student in place in long runs."""
+
+    loss_weight: float  # factor on the Gram loss; 0 leaves it out
+    start_iteration: int  # from when on; the teacher of that moment becomes the Gram teacher
+    update_every: int  # iterations until the Gram teacher becomes the teacher of the moment again; 0: never
+
+
+@dataclass
 class OptimSection:
     """AdamW and its schedules."""
 
@@ -245,6 +254,7 @@ class Config:
     student: StudentSection
     teacher: TeacherSection
     distillation: DistillationSection
+    gram: GramSection
     optim: OptimSection
     crops: CropsSection
     augmentations: AugmentationsSection

@@ -85,6 +85,7 @@ def measure_step(cfg: Any, model: SSLMetaArch, images: int, steps: int = 5, warm
     """Time whole optimizer steps (both networks, losses, clipping, update, moving average) on batches of noise."""
     device = model.device
     model.train()
+    model.update_gram_teacher(cfg.gram.start_iteration)
     optimizer = build_optimizer(cfg, model.get_params_groups())
     apply_optim_scheduler(optimizer, 1e-6, 0.04, 1e-6)
     batches = [noise_batch(cfg, images, device)] * cfg.train.gradient_accumulation_steps

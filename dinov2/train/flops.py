@@ -108,5 +108,6 @@ def step_flops(model: nn.Module, cfg: Any, images: int) -> float:
     backbone_both = backbone_forward * (1 + 2 * sum(learning) / len(learning))
     heads_forward = (2 + n_local) * head_flops(student["dino_head"]) + masked * head_flops(student[patch_head])
     teacher_forward = 2 * backbone_flops(teacher["backbone"], global_side)
+    teacher_forward += 2 * backbone_flops(backbone, global_side) if model.do_gram else 0.0  # the Gram teacher
     teacher_forward += 2 * head_flops(teacher["dino_head"]) + masked * head_flops(teacher[patch_head])
     return images * (backbone_both + 3 * heads_forward + teacher_forward)

@@ -17,7 +17,7 @@ from dinov2.data.collate import Batch
 from dinov2.distributed import get_global_size
 from dinov2.fsdp import ShardedGradScaler, get_fsdp_wrapper, local_tensors, resolve_precision
 from dinov2.layers import DINOHead, NestedTensorBlock
-from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
+from dinov2.loss import DINOLoss, GramLoss, KoLeoLoss, iBOTPatchLoss
 from dinov2.models import DinoVisionTransformer, build_model_from_cfg
 from dinov2.models.weights import load_weights
 from dinov2.train.vitals import neighbour_distances, prototype_entropy, teacher_agreement
@@ -42,6 +42,7 @@ class StudentOutputs(NamedTuple):
     global_cls: Tensor  # (views, batch, prototypes) logits
     local_cls: Tensor  # (local views, batch, prototypes) logits
     patches: Tensor  # (masked patches, prototypes) logits
+    patch_features: Tensor  # (views * batch, patches, dim) patch tokens of the global views, before the head
 
 
 def freeze_lowest_layers(backbone: DinoVisionTransformer, n_blocks: int) -> None:
@@ -119,7 +120,7 @@ class SSLMetaArch(nn.Module):
     `student` and `teacher` are ModuleDicts with the same keys: `backbone`, `dino_head` and, when
     `ibot.separate_head`, `ibot_head`. Under `distillation`, a third one, the frozen `guide`, gives the targets; the
     teacher is then no more than the moving average that is exported. Checkpoints leave the guide out: its own file has
-    it.
+    it. With a `gram.loss_weight`, `gram_teacher` holds the backbone of an earlier teacher.
 
     Args:
         cfg: a whole configuration (`dinov2.configs`).
@@ -153,24 +154,31 @@ class SSLMetaArch(nn.Module):
             self.guide = build_guide(cfg)
             self.register_state_dict_post_hook(_leave_guide_out)
             self.register_load_state_dict_post_hook(_miss_no_guide)
+        self.do_gram = cfg.gram.loss_weight > 0
+        self.gram_started = False
+        if self.do_gram:
+            self.gram_teacher = nn.ModuleDict({"backbone": build_model_from_cfg(cfg, only_teacher=True)[0]})
+            self.gram_teacher.requires_grad_(False)
         self.target_role = "guide" if self.distils else "teacher"  # who gives the targets
 
         self.dino_loss = DINOLoss(cfg.dino.head_n_prototypes)
         self.ibot_patch_loss = iBOTPatchLoss(
             cfg.ibot.head_n_prototypes if self.ibot_separate_head else cfg.dino.head_n_prototypes
         )
+        self.gram_loss = GramLoss()
         self.koleo_loss = KoLeoLoss(distributed=cfg.dino.koleo_distributed)
         self.loss_weights = {
             "dino_local_crops_loss": cfg.dino.loss_weight,
             "dino_global_crops_loss": cfg.dino.loss_weight,
             "koleo_loss": N_GLOBAL,  # reported with its weight, as the mean over the views; what counts is their sum
+            "gram_loss": cfg.gram.loss_weight,
             "ibot_loss": 2 * cfg.ibot.loss_weight,  # reported, as in DINOv2, at half of what counts
         }
         self.precision = {
             role: {part: resolve_precision(cfg.compute_precision, role, part, device) for part in getattr(self, role)}
             for role in ("student", "teacher")
         }
-        self.precision["guide"] = self.precision["teacher"]
+        self.precision["guide"] = self.precision["gram_teacher"] = self.precision["teacher"]
         computes_in_half = any(p.compute == torch.float16 for p in self.precision["student"].values())
         self.fp16_scaler = ShardedGradScaler(device, enabled=cfg.compute_precision.grad_scaler and computes_in_half)
         self._warned_koleo = False
@@ -255,6 +263,7 @@ class SSLMetaArch(nn.Module):
             global_cls=global_cls.unflatten(0, (N_GLOBAL, batch_size)),
             local_cls=local_cls.unflatten(0, (-1, batch_size)),
             patches=patch_logits,
+            patch_features=tokens[0]["x_norm_patchtokens"],
         )
 
     def loss_terms(self, targets: TeacherTargets, outputs: StudentOutputs, batch: Batch) -> dict[str, Tensor]:
@@ -286,7 +295,15 @@ class SSLMetaArch(nn.Module):
                 masks_weight=batch["masks_weight"],
             )
             terms["ibot_loss"] = patch_loss / 2
+        if self.gram_started:
+            terms["gram_loss"] = self.gram_loss(outputs.patch_features, self._gram_targets(batch))
         return terms
+
+    @torch.no_grad()
+    def _gram_targets(self, batch: Batch) -> Tensor:
+        """(views * batch, patches, dim): what the Gram teacher sees in the unmasked global views."""
+        tokens = self._run("gram_teacher", "backbone", batch["collated_global_crops"], is_training=True)
+        return tokens["x_norm_patchtokens"]
 
     def _measure_vital_signs(self, targets: TeacherTargets, outputs: StudentOutputs) -> dict[str, Tensor]:
         """What `dinov2.train.vitals` tells of a batch; every rank enters."""
@@ -342,6 +359,17 @@ class SSLMetaArch(nn.Module):
         student = local_tensors(self.student.parameters())
         get_ema_multi_avg_fn(m)(teacher, student, None)
 
+    @torch.no_grad()
+    def update_gram_teacher(self, iteration: int) -> None:
+        """Before the step `iteration`: start Gram anchoring and renew its teacher when `gram` says so."""
+        gram = self.cfg.gram
+        since = iteration - gram.start_iteration
+        self.gram_started = self.do_gram and since >= 0
+        if self.gram_started and (since == 0 or (gram.update_every > 0 and since % gram.update_every == 0)):
+            earlier, now = self.gram_teacher["backbone"].parameters(), self.teacher["backbone"].parameters()
+            for kept, parameter in zip(local_tensors(earlier), local_tensors(now), strict=True):
+                kept.copy_(parameter)
+
     def apply_center_updates(self) -> None:
         """Settle the centres, which lag one batch behind: before a checkpoint, so that nothing is pending."""
         self.dino_loss.apply_center_update()
@@ -351,9 +379,13 @@ class SSLMetaArch(nn.Module):
         """Train the student; the teacher stays in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
-        if self.distils:
-            self.guide.eval()
+        for role in self.frozen_roles():
+            getattr(self, role).eval()
         return self
+
+    def frozen_roles(self) -> list[str]:
+        """The networks beside student and teacher."""
+        return [*(["guide"] if self.distils else []), *(["gram_teacher"] if self.do_gram else [])]
 
     # Building -----------------------------------------------------------------------------------------------------
 
@@ -379,7 +411,7 @@ class SSLMetaArch(nn.Module):
         """Start the teacher as the student and spread both over the processes (does nothing more on one)."""
         for name in self.student:
             self.teacher[name].load_state_dict(self.student[name].state_dict())
-        for role in ("student", "teacher", "guide") if self.distils else ("student", "teacher"):
+        for role in ("student", "teacher", *self.frozen_roles()):
             for name, module in getattr(self, role).items():
                 settings = self.cfg.compute_precision["student" if role == "student" else "teacher"][name]
                 precision = self.precision[role][name]

@@ -165,6 +165,7 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, fl
                 freeze_backbone(optimizer)
 
             model.watched = iteration % cfg.train.log_period == 0 or iteration == stop - 1  # the steps reported
+            model.update_gram_teacher(iteration)
             optimizer.zero_grad(set_to_none=True)
             losses = accumulate_gradients(model, batches, now.teacher_temp)
             grad_norms = clip_and_step(optimizer, model, cfg.optim.clip_grad)
@@ -340,7 +341,7 @@ def build_model(cfg: Any) -> SSLMetaArch:
     device = choose_device(cfg.train.device)
     model = SSLMetaArch(cfg, device).to(device)
     prepare_backbone(model.student["backbone"], cfg.train.activation_checkpointing, compiled=cfg.train.compile)
-    for role in {"teacher", model.target_role}:
+    for role in ("teacher", *model.frozen_roles()):
         prepare_backbone(getattr(model, role)["backbone"], "none", compiled=cfg.train.compile)
     model.prepare_for_distributed_training()
     return model

@@ -21,16 +21,17 @@ def tiny_config(**changes):
     return OmegaConf.merge(dinov2_default_config, settings, dotted)
 
 
-def make_model(cfg, depth=2):
+def make_model(cfg, depth=2, device="cpu"):
     torch.manual_seed(0)
-    model = SSLMetaArch(cfg)
-    for role in (model.student, model.teacher):  # two blocks are enough to tell a fault
+    model = SSLMetaArch(cfg, torch.device(device)).to(device)
+    gram = [model.gram_teacher] if model.do_gram else []
+    for role in (model.student, model.teacher, *gram):  # two blocks are enough to tell a fault
         role["backbone"].blocks = role["backbone"].blocks[:depth]
         role["backbone"].n_blocks = depth
     model.prepare_for_distributed_training()
     with torch.no_grad():  # a teacher of its own, so that swapping the two would show
         for parameter in model.teacher.parameters():
-            noise = 0.02 * torch.randn(parameter.shape)
+            noise = 0.02 * torch.randn(parameter.shape).to(device)
             if isinstance(parameter, DTensor):
                 noise = distribute_tensor(noise, parameter.device_mesh, parameter.placements)
             parameter.add_(noise)

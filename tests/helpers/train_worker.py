@@ -59,6 +59,7 @@ def main(out, steps, strategy, centering, checkpoints="", *settings):
     for step in range(done, int(steps)):
         apply_optim_scheduler(optimizer, 1e-3, 0.05, 1e-3)
         optimizer.zero_grad()
+        model.update_gram_teacher(step)
         terms = accumulate_gradients(model, [shard_of(make_batch(step), rank, world)], 0.05)
         terms = {name: distributed.mean_over_ranks(term) for name, term in terms.items()}
         norms = clip_and_step(optimizer, model, 3.0)

@@ -1,4 +1,4 @@
-"""Recipes beyond the plain run: frozen layers, a second run at a higher resolution, distillation."""
+"""Recipes beyond the plain run: frozen layers, higher resolution, distillation, Gram anchoring."""
 
 import os
 import signal
@@ -13,6 +13,7 @@ from tiny_runs import arguments, losses_of
 from tiny_training import make_batch, make_model, tiny_config
 
 import dinov2
+from dinov2.loss import GramLoss
 from dinov2.models.weights import read_state_dict
 from dinov2.train import train as module
 from dinov2.train.flops import step_flops
@@ -192,6 +193,69 @@ def test_two_processes_distil_as_one_does(tmp_path):
     assert_same_run(alone, together)
 
 
+# ---------------------------------------------------------------------------------------------------- Gram anchoring
+
+ONLY_GRAM = {"dino.loss_weight": 0, "ibot.loss_weight": 0, "dino.koleo_loss_weight": 0, "gram.loss_weight": 2.0}
+
+
+def test_the_gram_loss_is_that_of_a_loop_over_pairs_of_patches():
+    student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 4)
+    cosines = [
+        [[F.cosine_similarity(a, b, dim=0) for a in image for b in image] for image in images]
+        for images in (student, teacher)
+    ]
+    squares = [(s - t) ** 2 for one, other in zip(*cosines) for s, t in zip(one, other)]
+    assert GramLoss()(student, teacher).item() == pytest.approx(sum(squares).item() / 18, rel=1e-5)
+    assert GramLoss()(student, 3 * student).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_the_gradient_of_gram_anchoring_is_that_of_the_formula_with_the_earlier_teacher():
+    cfg = tiny_config(**ONLY_GRAM)
+    model, batch = make_model(cfg), make_batch(0)
+    model.update_gram_teacher(0)
+    losses = model.forward_backward(batch, 0.05)
+    assert set(losses) == {"gram_loss"}
+
+    other = make_model(cfg)
+    seen = other.student["backbone"](batch["collated_global_crops"], batch["collated_masks"], is_training=True)
+    with torch.no_grad():
+        earlier = other.teacher["backbone"](batch["collated_global_crops"], is_training=True)
+    x, g = (t["x_norm_patchtokens"] / t["x_norm_patchtokens"].norm(dim=-1, keepdim=True) for t in (seen, earlier))
+    loss = torch.stack([(a @ a.T - b @ b.T).square().sum() / 16**2 for a, b in zip(x, g)]).mean()
+    assert losses["gram_loss"].item() == pytest.approx(loss.item(), rel=1e-4)
+    (2.0 * loss).backward()
+    for (name, a), b in zip(model.student["backbone"].named_parameters(), other.student["backbone"].parameters()):
+        if b.grad is not None and b.grad.any():
+            torch.testing.assert_close(a.grad, b.grad, rtol=2e-3, atol=1e-6, msg=name)
+
+
+def test_the_gram_teacher_is_renewed_when_due_and_else_stays():
+    model = make_model(tiny_config(**{"gram.loss_weight": 1, "gram.start_iteration": 2, "gram.update_every": 3}))
+    renewed = []
+    for iteration in range(9):
+        with torch.no_grad():
+            model.teacher["backbone"].cls_token.fill_(iteration)
+        model.update_gram_teacher(iteration)
+        assert model.gram_started == (iteration >= 2)
+        renewed.append(model.gram_teacher["backbone"].cls_token.mean().item())
+    assert renewed[2:] == [2, 2, 2, 5, 5, 5, 8]
+
+
+def test_without_a_weight_there_is_no_gram_teacher_and_no_loss():
+    model = make_model(tiny_config())
+    model.update_gram_teacher(0)
+    assert not any(name.startswith("gram") for name in model.state_dict())
+    assert "gram_loss" not in model.forward_backward(make_batch(0), 0.05)
+
+
+def test_two_processes_anchor_as_one_does(tmp_path):
+    settings = ["gram.loss_weight=2.0", "gram.start_iteration=1"]
+    alone = train(tmp_path / "one.json", 1, 3, "NO_SHARD", "sinkhorn_knopp", "", *settings)
+    together = train(tmp_path / "two.json", 2, 3, "SHARD_GRAD_OP", "sinkhorn_knopp", "", *settings)
+    assert ["gram_loss" in step for step in alone["losses"]] == [False, True, True]
+    assert_same_run(alone, together)
+
+
 # ---------------------------------------------------------------------------------------------------------- resuming
 
 
@@ -211,13 +275,15 @@ def stopped_and_resumed(monkeypatch, words, output_dir, after):
     return losses_of(output_dir)
 
 
-@pytest.mark.parametrize("recipe", ["distillation", "frozen layers"])
+@pytest.mark.parametrize("recipe", ["distillation", "frozen layers", "gram"])
 def test_a_stopped_run_of_a_recipe_goes_on_bit_for_bit(recipe, cell_folder, tmp_path, monkeypatch):
     settings = {"evaluation.eval_period_iterations": 0}
     if recipe == "distillation":
         assert main(arguments(cell_folder, tmp_path / "first", **SHORT)) == 0
         settings |= {"distillation.enabled": True, "distillation.config_file": tmp_path / "first/config.yaml"}
         settings["distillation.checkpoint"] = tmp_path / "first/eval/training_4/teacher_checkpoint.pth"
+    elif recipe == "gram":
+        settings |= {"gram.loss_weight": 1.0, "gram.start_iteration": 3, "gram.update_every": 3}
     else:
         settings["optim.freeze_layers"] = 3
     assert main(arguments(cell_folder, tmp_path / "straight", **settings)) == 0
