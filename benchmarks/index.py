@@ -26,6 +26,7 @@ from unittest import mock
 import numpy as np
 import psutil
 import pyarrow as pa
+from sections import write_section
 
 from dinov2.data import manifest
 from dinov2.data.manifest import Catalog, PathList, find_sources, open_index
@@ -33,7 +34,6 @@ from dinov2.data.samplers import PermutedStream
 
 FILES_PER_FOLDER = 10_000
 LOOKUPS = 20_000
-BEGIN, END = "<!-- benchmarks/index.py -->", "<!-- end of benchmarks/index.py -->"
 
 
 def megabytes(n_bytes: float) -> str:
@@ -193,18 +193,6 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def write_section(path: Path, section: str) -> None:
-    """Put the section in its place in a Markdown file, or at its end."""
-    text = path.read_text() if path.exists() else "# Benchmarks\n"
-    section = f"{BEGIN}\n{section}\n{END}\n"
-    if BEGIN in text:
-        before, rest = text.split(BEGIN, 1)
-        text = before + section + rest.split(END, 1)[1].lstrip("\n")
-    else:
-        text = text.rstrip("\n") + "\n\n" + section
-    path.write_text(text)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--largest", type=int, default=7, help="exponent of the largest made-up data set (default: 7)")
@@ -244,7 +232,7 @@ Real files on the local disk, warm:
 """
     print(section)
     if args.write:
-        write_section(args.write, section)
+        write_section(args.write, "benchmarks/index.py", section)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 import numpy as np
 import torch
 from PIL import Image
+from sections import write_section
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
@@ -36,7 +37,6 @@ from dinov2.data.decode import decode_rgb
 from dinov2.data.masking import MaskingGenerator
 from dinov2.data.multicrop import MultiCropLoader
 
-BEGIN, END = "<!-- benchmarks/multicrop.py -->", "<!-- end of benchmarks/multicrop.py -->"
 BATCH = 64
 LARGE, SMALL, LOCALS = 224, 98, 8
 TOKENS = 16 * 16
@@ -309,18 +309,6 @@ def as_markdown(lines: list[str]) -> str:
     return "".join(parts)
 
 
-def write_section(path: Path, section: str) -> None:
-    """Replace this benchmark's part of a Markdown file, or add it."""
-    text = path.read_text() if path.exists() else "# Benchmarks\n"
-    section = f"{BEGIN}\n{section}\n{END}\n"
-    if BEGIN in text:
-        before, rest = text.split(BEGIN, 1)
-        text = before + section + rest.split(END, 1)[1].lstrip("\n")
-    else:
-        text = f"{text.rstrip()}\n\n{section}"
-    path.write_text(text)
-
-
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="folders of images")
@@ -351,7 +339,7 @@ def main() -> None:
         else "No GPU here: the device's part of `augment_on: device` is not in these figures."
     )
     if args.write:
-        write_section(args.write, as_markdown(lines))
+        write_section(args.write, "benchmarks/multicrop.py", as_markdown(lines))
 
 
 if __name__ == "__main__":

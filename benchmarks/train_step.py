@@ -13,7 +13,6 @@ import argparse
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -209,14 +208,20 @@ def peak_memory(case_name: str, side_name: str, args: argparse.Namespace, images
 def _peak_memory(case_name: str, side_name: str, args: argparse.Namespace, images: int) -> int:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     side = sides_for(device)[side_name]
     step, _ = build_step(config(case_name, side, args), side, images)
     step()
     step()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return high_water() - before
+
+
+def high_water() -> int:
+    """Most resident bytes of this process so far (`ru_maxrss` would count the parent's, from before the exec)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def measure(case_name: str, args: argparse.Namespace) -> tuple[list[list[str]], list[str]]:
