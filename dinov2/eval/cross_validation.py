@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import json
 import logging
+import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from dinov2 import distributed
 from dinov2.data import LabelledDataset
-from dinov2.data.manifest import cache_folder
+from dinov2.data.manifest import cache_folder, describe_counts
 from dinov2.eval.batch_effects import batch_effects
 from dinov2.eval.calibration import apply_temperature, fit_temperature
 from dinov2.eval.features import FeatureTable, available_features, concatenate, extract, extract_with, parse_features
@@ -290,6 +291,19 @@ def check_label_map(mapping: Mapping[str, str], tables: Sequence[FeatureTable]) 
             )
 
 
+def refuse_shared_images(train: LabelledDataset, test: LabelledDataset) -> None:
+    """Refuse an image that is in both data sets: the classifier would know it by heart.
+
+    Raises:
+        ValueError: the same file is in both.
+    """
+    if shared := sorted(set(map(os.path.abspath, train.paths)) & set(map(os.path.abspath, test.paths))):
+        raise ValueError(
+            f"{len(shared)} images are both in --data and in --test, such as {shared[0]}; give folders without "
+            "common images, or --data alone for cross-validation"
+        )
+
+
 # --------------------------------------------------------------------------- features, once
 
 
@@ -466,6 +480,8 @@ def run(args: argparse.Namespace) -> Report | None:
     """Do what the command line asks for; the report on the main process, None on the others."""
     for features in args.features:
         parse_features(features)
+    if min(args.k) < 1:
+        raise ValueError(f"--k {min(args.k)}: a vote needs one neighbour or more")
     if args.folds < 2 and not args.test:
         raise ValueError(f"--folds {args.folds}: cross-validation needs two folds or more")
     models = {name: load_model(weights) for name, weights in zip(model_names(args), args.weights)}
@@ -474,6 +490,11 @@ def run(args: argparse.Namespace) -> Report | None:
         raise ValueError(f"models for images of {sorted(channels)} channels cannot be compared on the same images")
     (in_chans,) = channels
     datasets = [LabelledDataset(data, in_chans=in_chans) for data in (args.data, args.test) if data]
+    if args.test:
+        refuse_shared_images(*datasets)
+    skipped = sum((data.skipped for data in datasets), Counter())
+    if skipped:
+        logger.warning(f"files that are not scored: {describe_counts(skipped)}")
     entrants = collect_entrants(args, models, datasets)
     if not distributed.is_main_process():
         return None
@@ -508,6 +529,7 @@ def run(args: argparse.Namespace) -> Report | None:
         method_names=method_names(args.k),
         batch_effects=effects,
         left_out=dict(sum(map(Counter, left_out), Counter())),  # of both data sets
+        skipped=dict(skipped),
         settings=vars(args),
         seed=args.seed,
     )

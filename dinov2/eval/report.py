@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dinov2.data.manifest import describe_counts
 from dinov2.eval.calibration import (
     BINS,
     accuracy_at_coverage,
@@ -105,7 +106,8 @@ class Report:
     outcomes: Sequence[Outcome]
     method_names: Mapping[str, str]
     batch_effects: Mapping[tuple[str, str], Mapping[str, float]] = field(default_factory=dict)
-    left_out: Mapping[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)  # images by class, on request
+    skipped: Mapping[str, int] = field(default_factory=dict)  # files that are no images, by reason
     settings: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 
@@ -233,6 +235,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "images": len(report.table),
         "unreadable": [u._asdict() for u in report.table.unreadable],
         "left_out": dict(report.left_out),
+        "skipped": dict(report.skipped),
         "classes": {name: int((report.table.labels == i).sum()) for i, name in enumerate(report.table.classes)},
         "splits": [{"train": len(s.train), "test": len(s.test)} for s in report.splits],
         "results": [
@@ -286,6 +289,8 @@ def as_markdown(report: Report, pictures: Mapping[str, Sequence[str]]) -> str:
     ]
     if report.left_out:
         lines.append(f"Left out on request: {', '.join(f'{k} ({n} images)' for k, n in report.left_out.items())}.")
+    if report.skipped:
+        lines.append(f"Files that are not scored: {describe_counts(report.skipped)}.")
     if table.unreadable:
         count = len(table.unreadable)
         lines.append(f"**Could not be read, and are not scored: {count} image(s)**, see `unreadable.csv`.")

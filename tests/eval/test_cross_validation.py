@@ -203,6 +203,7 @@ def test_evaluate_writes_its_report_and_extracts_features_once(tmp_path, weights
     shutil.copytree(cell_folder, broken)
     victim = sorted(broken.rglob("*.jpg"))[3]
     victim.write_bytes(victim.read_bytes()[:200])
+    (victim.parent / "empty.jpg").touch()
     words = ["--weights", weights, "--data", str(broken), "--folds", "3", "--cache-dir", str(tmp_path / "cache")]
     assert evaluate(*words, "--features", "cls", "registers", report=tmp_path / "report") == 0
     printed = capsys.readouterr().out
@@ -219,6 +220,8 @@ def test_evaluate_writes_its_report_and_extracts_features_once(tmp_path, weights
     assert len(folds) == 31
     text = (tmp_path / "report" / "report.md").read_text()
     assert "Could not be read, and are not scored: 1 image(s)" in text
+    assert "Files that are not scored: empty file (0 bytes) 1." in text
+    assert report["skipped"] == {"empty file (0 bytes)": 1}
     for line in text.splitlines():
         if line.startswith("!["):
             assert (tmp_path / "report" / line.split("(")[1].rstrip(")")).stat().st_size > 5000
@@ -253,6 +256,20 @@ def test_cross_source_goes_through_a_label_map(tmp_path, weights, cell_folder, c
 def test_one_fold_is_not_a_cross_validation(tmp_path, weights, cell_folder):
     with pytest.raises(ValueError, match="two folds"):
         evaluate("--weights", weights, "--data", str(cell_folder), "--folds", "1", report=tmp_path)
+
+
+def test_a_vote_needs_a_neighbour(tmp_path, weights, cell_folder):
+    with pytest.raises(ValueError, match="--k 0"):
+        main(["--weights", weights, "--data", str(cell_folder), "--k", "0", "--report", str(tmp_path)])
+
+
+def test_an_image_cannot_be_learned_from_and_tested(tmp_path, weights, cell_folder):
+    one_class = next(iter(sorted(cell_folder.iterdir())))
+    (tmp_path / "test.csv").write_text(f"path,label\n{next(iter(one_class.glob('*.jpg')))},{one_class.name}\n")
+    with pytest.raises(ValueError, match=r"1 images are both in --data and in --test, such as .*\.jpg"):
+        evaluate(
+            "--weights", weights, "--data", str(cell_folder), "--test", str(tmp_path / "test.csv"), report=tmp_path
+        )
 
 
 def test_the_main_table_is_the_readmes():
