@@ -10,17 +10,19 @@ import torch
 
 from dinov2.hub.backbones import load_backbone
 from dinov2.hub.export import TARGETS, compare, export, get_args_parser, main
+from dinov2.hub.export.model_card import USE
+from dinov2.hub.export.onnx import positions_of_any_size
 from dinov2.models.architecture import build_backbone
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.models.weights import save_backbone
 
-LIBRARIES = {"hf": "transformers", "timm": "timm", "onnx": "onnxruntime"}
+LIBRARIES = {"hf": "transformers", "timm": "timm", "onnx": "onnxruntime", "onnx-any-size": "onnxruntime"}
 
 
 def need(target: str) -> None:
     if target in LIBRARIES:
         pytest.importorskip(LIBRARIES[target])
-    if target == "onnx":
+    if target.startswith("onnx"):
         pytest.importorskip("onnxscript")
 
 
@@ -67,6 +69,35 @@ def test_a_traced_program_takes_any_batch_size(target, tmp_path):
             found = torch.export.load(tmp_path / "model.pt2").module()(images)
         torch.testing.assert_close(found[0], expected["x_norm_clstoken"], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(found[1], expected["x_norm_patchtokens"], atol=1e-4, rtol=1e-4)
+
+
+INTERPOLATIONS = [(False, 0.0), (False, 0.1), (True, 0.0), (True, 0.1)]
+
+
+@pytest.mark.parametrize(("antialias", "offset"), INTERPOLATIONS)
+def test_positions_as_matrix_products_are_those_of_the_model(antialias, offset):
+    model = small(depth=1, img_size=98, interpolate_antialias=antialias, interpolate_offset=offset)
+    tokens = torch.zeros(1, 1, 48)
+    for height, width in ((98, 98), (98, 112), (112, 98), (42, 56), (28, 280), (518, 518)):
+        expected = model.interpolate_pos_encoding(tokens, height, width)
+        found = positions_of_any_size(model, tokens, height, width)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("antialias", "offset"), [(False, 0.1), (True, 0.0)])
+def test_an_onnx_graph_of_any_size_gives_the_features_of_the_model_at_each(antialias, offset, tmp_path):
+    need("onnx")
+    import onnxruntime
+
+    model = small(depth=1, interpolate_antialias=antialias, interpolate_offset=offset)
+    assert export(model, "onnx-any-size", tmp_path).max_difference < 1e-5
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for shape in ((1, 3, 56, 56), (2, 3, 28, 98), (5, 3, 224, 140)):
+        images = torch.randn(shape)
+        expected = model.forward_features(images)
+        cls_token, patch_tokens = session.run(None, {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(cls_token), expected["x_norm_clstoken"], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(patch_tokens), expected["x_norm_patchtokens"], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("registers", [0, 4])
@@ -181,6 +212,10 @@ def test_the_command_writes_files_and_a_model_card_that_says_where_they_come_fro
         assert json.loads(file.metadata()["dinov2_config"])["run"] == config
 
 
+def test_every_format_says_in_its_model_card_how_to_use_it():
+    assert set(USE) == set(TARGETS)
+
+
 def test_an_unknown_format_is_refused_with_the_known_ones(tmp_path, capsys):
     with pytest.raises(SystemExit):
         get_args_parser().parse_args(["--weights", "w", "--out", "o", "--to", "tensorflow"])
@@ -189,6 +224,10 @@ def test_an_unknown_format_is_refused_with_the_known_ones(tmp_path, capsys):
         export(small(), "tensorflow", tmp_path)
 
 
+EVERY_PAIR = (
+    *("hub", "hf", "hub", "timm", "hub", "safetensors", "hf"),
+    *("timm", "hf", "safetensors", "timm", "safetensors", "hub"),
+)
 ROUND_TRIPS = list(itertools.permutations(("hub", "safetensors", "hf", "timm"), 2))
 
 
@@ -211,12 +250,15 @@ def check_chain(model: DinoVisionTransformer, targets, folder) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["vit_small", "vit_base", "vit_large"])
-@pytest.mark.parametrize(("registers", "ffn_layer", "chunks"), [(0, "mlp", 0), (4, "mlp", 4), (4, "swiglufused", 4)])
+@pytest.mark.parametrize(
+    ("registers", "ffn_layer", "chunks"), [(0, "mlp", 0), (4, "mlp", 4), (0, "swiglufused", 4), (4, "swiglufused", 0)]
+)
 def test_round_trips_of_released_sizes(arch, registers, ffn_layer, chunks, tmp_path):
     options = {"img_size": 98, "patch_size": 14, "num_register_tokens": registers, "ffn_layer": ffn_layer}
     model = noisy(build_backbone({"arch": arch, "init_values": 1.0, "block_chunks": chunks, **options}))
-    check_chain(model, ("hf", "timm", "safetensors", "timm", "hf", "hub"), tmp_path)
-    for target in ("onnx", "torch-export"):
+    assert set(itertools.pairwise(EVERY_PAIR)) == set(ROUND_TRIPS)
+    check_chain(model, EVERY_PAIR, tmp_path)
+    for target in ("onnx", "onnx-any-size", "torch-export"):
         need(target)
         assert export(model, target, tmp_path / target).max_difference < TARGETS[target].tolerance
         shutil.rmtree(tmp_path / target)

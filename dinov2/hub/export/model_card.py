@@ -33,8 +33,11 @@ USE = {
     "safetensors": 'import dinov2\n\nmodel = dinov2.load("model.safetensors")',
     "hf": 'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("this/folder")',
     "timm": 'import timm\n\nmodel = timm.create_model("local-dir:this/folder", pretrained=True)',
-    "onnx": 'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")\n'
-    'cls_token, patch_tokens = session.run(None, {"images": images})',
+    **dict.fromkeys(
+        ("onnx", "onnx-any-size"),
+        'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")\n'
+        'cls_token, patch_tokens = session.run(None, {"images": images})',
+    ),
     "torch-export": 'import torch\n\nmodel = torch.export.load("model.pt2").module()\n'
     "cls_token, patch_tokens = model(images)",
 }
