@@ -84,7 +84,10 @@ def fit_patch_pca(tokens: np.ndarray, threshold: float | None = None) -> PatchPC
     cut = _otsu(score) if threshold is None else threshold * float(score.std())
     foreground = patches[score > cut]
     if len(foreground) < 4:
-        raise ValueError(f"threshold={threshold} leaves {len(foreground)} foreground patches; give a lower one")
+        raise ValueError(
+            f"{len(foreground)} patches are foreground and 4 are needed; give more images, a larger image size "
+            f"or a lower threshold than {'that by Otsu' if threshold is None else threshold}"
+        )
     colour_mean = foreground.mean(axis=0)
     colours = _components(foreground - colour_mean, 3)
     largest = np.take_along_axis(colours, np.abs(colours).argmax(axis=1)[:, None], axis=1)
