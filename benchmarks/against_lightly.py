@@ -58,6 +58,11 @@ class Run(NamedTuple):
         """CPU seconds of a step: its wall time at the share of the core that the command had."""
         return self.batch / self.images_per_second * self.cpu / self.wall
 
+    @property
+    def images_per_cpu_second(self) -> float:
+        """Of the whole command."""
+        return self.steps * self.batch / self.cpu
+
     def steps_within(self, seconds: float) -> float:
         """Steps that a run of so many CPU seconds has, after a start like this one's."""
         return (seconds - self.cpu) / self.step_cpu + self.steps
@@ -161,8 +166,8 @@ def compare(dtype: str, args: argparse.Namespace, python: Path, cells: Path) -> 
                 str(run.steps),
                 f"{run.cpu:.0f}",
                 f"{run.wall:.0f}",
-                f"{run.batch / run.step_cpu:.1f}",
-                f"{theirs.step_cpu / run.step_cpu:.2f}",
+                f"{run.images_per_cpu_second:.1f}",
+                f"{run.images_per_cpu_second / theirs.images_per_cpu_second:.2f}",
                 f"{score(run.weights, cells):.1%}",
             ]
         )
@@ -182,9 +187,8 @@ lightly-train {version}, core {sorted(os.sched_getaffinity(0))}, load {os.getloa
 
 ViT-Ti/14 from random weights, crops of {crops} pixels, two heads of {cfg.dino.head_n_prototypes} prototypes, batch
 {cfg.train.batch_size_per_gpu}, Sinkhorn-Knopp, one data worker, on 2,000 drawn cells of 8 classes; one side after the
-other on the same core. `CPU s` and `wall s` are of the whole command; images per CPU second are those of the steps
-alone, whose CPU time is their wall time at the command's share of the core. 20-NN: 320 labelled cells vote on 320
-others, seed {args.seed}; before training it is {untrained:.1%}.
+other on the same core. All times are of the whole command, imports and workers included. 20-NN: 320 labelled cells
+vote on 320 others, seed {args.seed}; before training it is {untrained:.1%}.
 
 {table(head, rows)}
 """

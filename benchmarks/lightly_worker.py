@@ -15,7 +15,13 @@ from lightly_train._models.dinov2_vit.dinov2_vit_src.models.vision_transformer i
 
 def main(settings: dict) -> None:
     ends: list[float] = []
-    DINOv2.on_train_batch_end = lambda *args, **kwargs: ends.append(time.monotonic())
+    finish_step = DINOv2.on_train_batch_end  # moves the teacher
+
+    def finish_and_note(*args, **kwargs) -> None:
+        finish_step(*args, **kwargs)
+        ends.append(time.monotonic())
+
+    DINOv2.on_train_batch_end = finish_and_note
     steps = settings["epochs"] * settings["steps_per_epoch"]
     crops, heads = settings["crops"], settings["heads"]
     lightly_train.pretrain(
