@@ -18,6 +18,7 @@ TYPE_NAMES = {
     Pair: "[low, high]",
     str | list[str]: "text or list",
     int | str: "integer or text",
+    bool | str: "true/false or text",
     list[float]: "list of numbers",
     list[str]: "list of texts",
     int: "integer",

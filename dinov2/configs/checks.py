@@ -455,6 +455,8 @@ def _device_problems(cfg: DictConfig) -> Iterator[str]:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.train.device):
         yield f"train.device={cfg.train.device} is unknown: choose auto, cpu, cuda or cuda:N"
     workers = cfg.train.num_workers
+    if cfg.checkpoint.asynchronous not in (True, False, "auto"):
+        yield f"checkpoint.asynchronous={cfg.checkpoint.asynchronous} is unknown: choose true, false or auto"
     for name in cfg.train.loggers:
         if name not in TRACKERS:
             yield f"train.loggers: {name} is unknown: choose from {', '.join(TRACKERS)}"

@@ -240,6 +240,7 @@ class CheckpointSection:
     period_iterations: int  # iterations between checkpoints; 0: every train.saveckp_freq epochs
     keep_last: int  # newest checkpoints that are kept
     keep_every_iterations: int  # checkpoints at multiples of this are kept for ever; 0: none is
+    asynchronous: bool | str  # write while training goes on, from a copy in host memory: true, false, auto (on GPUs)
 
 
 @dataclass

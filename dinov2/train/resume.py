@@ -21,7 +21,7 @@ from dinov2.utils.config import get_effective_batch_size
 
 logger = logging.getLogger("dinov2")
 
-LOGS = ("training_metrics.json", "eval_metrics.json", "tensorboard", "run_ids.json")  # what a run appends to
+LOGS = ("training_metrics.json", "eval_metrics.json", "tensorboard", RUN_IDS)  # what a run appends to
 
 # What may differ between a run and its continuation without changing what it learns.
 FREE = (

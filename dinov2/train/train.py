@@ -267,7 +267,8 @@ def build_metric_logger(cfg: Any, model: SSLMetaArch) -> MetricLogger:
 
 
 def build_checkpointer(cfg: Any, model: SSLMetaArch, optimizer: torch.optim.Optimizer) -> FSDPCheckpointer:
-    """Checkpoints under `checkpoints/` of the output folder; on a GPU they are written while training goes on."""
+    """Checkpoints under `checkpoints/` of the output folder, written while training goes on where that is asked for."""
+    asynchronous = cfg.checkpoint.asynchronous
     return FSDPCheckpointer(
         model,
         Path(cfg.train.output_dir) / "checkpoints",
@@ -275,7 +276,7 @@ def build_checkpointer(cfg: Any, model: SSLMetaArch, optimizer: torch.optim.Opti
         scaler=model.fp16_scaler,
         keep_last=cfg.checkpoint.keep_last,
         keep_every=cfg.checkpoint.keep_every_iterations,
-        asynchronous=model.device.type == "cuda",
+        asynchronous=model.device.type == "cuda" if asynchronous == "auto" else asynchronous,
     )
 
 

@@ -323,3 +323,10 @@ def test_a_network_to_learn_from_must_be_there_and_stochastic_depth_is_advised_a
     assert any("distillation.checkpoint='': no such file" in problem for problem in said)
     advice = list(find_advice(merged("distillation.enabled=true"), effective_batch=1024))
     assert any("student.drop_path_rate=0.3" in sentence for sentence in advice)
+
+
+def test_asynchronous_checkpoints_are_on_off_or_up_to_the_device():
+    for value in ("true", "false", "auto"):
+        assert not problems(f"checkpoint.asynchronous={value}")
+    (problem,) = problems("checkpoint.asynchronous=maybe")
+    assert "choose true, false or auto" in problem

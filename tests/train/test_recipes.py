@@ -275,7 +275,7 @@ def stopped_and_resumed(monkeypatch, words, output_dir, after):
     return losses_of(output_dir)
 
 
-@pytest.mark.parametrize("recipe", ["distillation", "frozen layers", "gram"])
+@pytest.mark.parametrize("recipe", ["distillation", "frozen layers", "gram", "asynchronous"])
 def test_a_stopped_run_of_a_recipe_goes_on_bit_for_bit(recipe, cell_folder, tmp_path, monkeypatch):
     settings = {"evaluation.eval_period_iterations": 0}
     if recipe == "distillation":
@@ -284,6 +284,8 @@ def test_a_stopped_run_of_a_recipe_goes_on_bit_for_bit(recipe, cell_folder, tmp_
         settings["distillation.checkpoint"] = tmp_path / "first/eval/training_4/teacher_checkpoint.pth"
     elif recipe == "gram":
         settings |= {"gram.loss_weight": 1.0, "gram.start_iteration": 3, "gram.update_every": 3}
+    elif recipe == "asynchronous":
+        settings["checkpoint.asynchronous"] = True
     else:
         settings["optim.freeze_layers"] = 3
     assert main(arguments(cell_folder, tmp_path / "straight", **settings)) == 0
