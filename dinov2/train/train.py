@@ -39,6 +39,7 @@ from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.watch import NonFiniteLossError, StepWatch, stop_on_signal
 from dinov2.utils.config import get_effective_batch_size, setup, write_config
 from dinov2.utils.errors import exit_code_of
+from dinov2.utils.utils import fix_random_seeds
 
 logger = logging.getLogger("dinov2")
 
@@ -339,8 +340,11 @@ def choose_device(requested: str) -> torch.device:
 
 def build_model(cfg: Any) -> SSLMetaArch:
     """Student and teacher on this process's device, ready to train."""
-    device = choose_device(cfg.train.device)
+    device, rank = choose_device(cfg.train.device), distributed.get_global_rank()
+    fix_random_seeds(cfg.train.seed)  # replicas must start alike: nobody sends weights around
     model = SSLMetaArch(cfg, device).to(device)
+    if rank > 0:
+        fix_random_seeds(cfg.train.seed + rank)  # but drop other samples
     prepare_backbone(model.student["backbone"], cfg.train.activation_checkpointing, compiled=cfg.train.compile)
     for role in ("teacher", *model.frozen_roles()):
         prepare_backbone(getattr(model, role)["backbone"], "none", compiled=cfg.train.compile)
