@@ -152,7 +152,7 @@ def _gpu_index(environment: ProcessEnvironment, device: torch.device | str | Non
         return asked or 0
     if asked is not None:
         raise ValueError(
-            f"device {device}: {environment.world_size} processes cannot share one GPU; use cuda, and each takes its own"
+            f"device {device}: {environment.world_size} processes cannot share one GPU; with cuda each takes its own"
         )
     if count == 1:  # SLURM can show each process its own GPU only
         return 0

@@ -106,7 +106,7 @@ def test_an_empty_slurm_host_list_is_refused():
 
 def test_a_gpu_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    with pytest.raises(ValueError, match="device cuda: .* sees no GPU here; use cpu or auto"):
+    with pytest.raises(ValueError, match=r"device cuda: .* sees no GPU here; use cpu or auto"):
         enable(device="cuda")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(ValueError, match="device cuda:7: this machine shows 2"):
@@ -117,5 +117,5 @@ def test_processes_cannot_be_sent_to_one_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="device cuda:1: 8 processes cannot share one GPU; use cuda"):
+    with pytest.raises(ValueError, match="device cuda:1: 8 processes cannot share one GPU; with cuda"):
         enable(device="cuda:1")
