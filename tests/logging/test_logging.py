@@ -1,17 +1,13 @@
 import json
 import logging
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from dinov2 import distributed
 from dinov2.logging import MetricLogger, SmoothedValue, setup_logging
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-from ranks import run_ranks
 
 
 @pytest.fixture

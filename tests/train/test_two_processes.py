@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 ROOT = Path(__file__).parents[2]
@@ -56,3 +57,20 @@ def test_a_run_goes_on_with_two_one_and_two_processes_sharded_or_not(tmp_path):
     assert [part["start"] for part in parts] == [0, 2, 4]
     joined = {"losses": [loss for part in parts for loss in part["losses"]], "weights": parts[-1]["weights"]}
     assert_same_run(straight, joined)
+
+
+def test_replicas_start_alike_and_drop_other_samples(tmp_path):
+    body = """
+from tiny_training import tiny_config
+from dinov2.train.train import build_model
+cfg = tiny_config(**{"train.device": "cpu", **{
+    f"compute_precision.{role}.{part}.sharding_strategy": "NO_SHARD"
+    for role in ("student", "teacher") for part in ("backbone", "dino_head", "ibot_head")}})
+torch.manual_seed(cfg.train.seed + rank)  # as setup does
+model = build_model(cfg)
+answers["student"] = sum(float(p.double().abs().sum()) for p in model.student.parameters())
+answers["next"] = float(torch.rand(()))
+"""
+    first, second = run_ranks(body, tmp_path)
+    assert first["student"] == second["student"]
+    assert first["next"] != second["next"]

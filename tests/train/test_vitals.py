@@ -1,19 +1,15 @@
 """Vital signs against plain formulas, and that watching changes nothing."""
 
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from tiny_training import make_batch, make_model, tiny_config
 
 from dinov2.train.flops import ideal_step_time, peak_flops, step_flops
 from dinov2.train.vitals import neighbour_distances, prototype_entropy, teacher_agreement
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-from ranks import run_ranks
 
 
 def entropy_by_hand(rows):

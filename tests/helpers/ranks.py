@@ -57,7 +57,9 @@ def slurm_variables(rank: int, world: int, port: int) -> dict[str, str]:
 def run_ranks(body: str, folder: Path, *, world: int = 2, variables: Callable = torchrun_variables) -> list[dict]:
     """Run `body` on every rank and return what each put into `answers`, in rank order."""
     port = free_port()
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {"PYTHONPATH": str(ROOT)}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    }
     outputs = [folder / f"rank{rank}.json" for rank in range(world)]
     children = [
         subprocess.Popen(
