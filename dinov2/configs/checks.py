@@ -329,8 +329,8 @@ def find_problems(cfg: DictConfig, *, for_training: bool = True) -> Iterator[str
     yield from _schedule_problems(cfg)
     yield from _device_problems(cfg)
     yield from _weights_problems(cfg)
-    yield from _distillation_problems(cfg)
     if for_training:
+        yield from _distillation_problems(cfg)
         yield from _data_problems(cfg)
         yield from _evaluation_problems(cfg)
 

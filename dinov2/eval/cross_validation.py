@@ -387,6 +387,10 @@ def collect_entrants(
 
 def model_features(model: LoadedModel, dataset: Any, args: argparse.Namespace, folder: Path | None) -> FeatureTable:
     """Every part that the model gives, so that other --features need no second pass."""
+    if args.image_size != model.image_size:
+        logger.info(
+            "images are seen at %d pixels, the model learned at %d (--image-size)", args.image_size, model.image_size
+        )
     features = available_features(model.backbone)
     dtype = as_torch_dtype(args.dtype)
     key = {

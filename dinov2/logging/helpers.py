@@ -131,6 +131,7 @@ class MetricLogger:
         ideal_iteration_time: float | None = None,
     ):
         self.meters: dict[str, SmoothedValue] = {}
+        self._latest: set[str] = set()
         self.delimiter = delimiter
         self.images_per_iteration = images_per_iteration
         self.ideal_iteration_time = ideal_iteration_time
@@ -147,7 +148,10 @@ class MetricLogger:
             self.meters.setdefault(name, SmoothedValue(self.window_size)).update(value)
 
     def set_latest(self, **scalars: float | Tensor) -> None:
-        """Replace the number of each name: for what is measured only when a line is due."""
+        """Replace what is measured only when a line is due; names that are not given again are dropped."""
+        for name in self._latest - scalars.keys():
+            del self.meters[name]
+        self._latest = set(scalars)
         for name, value in scalars.items():
             self.meters.setdefault(name, SmoothedValue(window_size=1)).update(value)
 

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,53 @@ def build_trackers(names: Sequence[str], output_dir: str | Path, settings: Mappi
     makers = {"wandb": WandbWriter, "mlflow": MlflowWriter}
     path = Path(output_dir) / RUN_IDS
     ids = json.loads(path.read_text()) if path.exists() else {}
-    writers = [makers[name](output_dir, settings, ids.get(name)) for name in names]
+    writers: list[MetricWriter] = []
+    for name in names:
+        try:
+            writer = makers[name](output_dir, settings, ids.get(name))
+        except Exception as error:
+            if name not in ids:  # a run that starts says so at once; one that goes on does without
+                raise
+            logger.warning("%s is left out of this start of the run: %s", name, error)
+            continue
+        ids[name] = writer.run_id
+        writers.append(NeverInTheWay(name, writer))
     if writers:
-        path.write_text(json.dumps({**ids, **{name: writer.run_id for name, writer in zip(names, writers)}}))
+        path.write_text(json.dumps(ids))
     return writers
+
+
+class NeverInTheWay:
+    """A tracker whose failure costs its points, not the run: the first is told, then it is left alone.
+
+    A server that does not answer would otherwise hold up every step that is reported, or change the exit code of a run
+    that has saved everything.
+
+    Args:
+        name: of the tracker.
+        writer: to hand the numbers to.
+    """
+
+    def __init__(self, name: str, writer: MetricWriter):
+        self._name, self._writer = name, writer
+        self._failed = False
+
+    def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
+        """Hand the numbers on."""
+        self._try(lambda: self._writer.write(iteration, scalars), f"from iteration {iteration} on")
+
+    def close(self) -> None:
+        """End the tracker's run."""
+        self._try(self._writer.close, "while ending its run")
+
+    def _try(self, act: Callable[[], None], when: str) -> None:
+        if self._failed:
+            return
+        try:
+            act()
+        except Exception as error:
+            self._failed = True
+            logger.warning("%s takes no more numbers, %s: %s", self._name, when, error)
 
 
 class WandbWriter:
@@ -64,7 +107,7 @@ class WandbWriter:
             project=os.environ.get("WANDB_PROJECT", "dinov2"),
             name=os.environ.get("WANDB_NAME", Path(output_dir).name),
             id=run_id,
-            resume="allow" if mode == "online" else None,  # offline, `wandb sync` joins the parts by their id
+            resume="allow" if mode == "online" else None,  # offline each start is a part of its own
             dir=str(output_dir),
             mode=mode,
             config=dict(settings),
@@ -95,10 +138,9 @@ class MlflowWriter:
     def __init__(self, output_dir: str | Path, settings: Mapping[str, Any], run_id: str | None = None):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow.entities import Metric  # an extra, and slow to import
-        from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
 
-        self._metric, self._failure = Metric, MlflowException
+        self._metric = Metric
         folder = Path(output_dir).resolve()
         store = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         self._client = MlflowClient(tracking_uri=store)
@@ -125,13 +167,10 @@ class MlflowWriter:
         return run.info.run_id
 
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
-        """Add one point to every curve; a store that cannot be reached costs the points, not the run."""
+        """Add one point to every curve."""
         now = int(time.time() * 1000)
         points = [self._metric(name, float(value), now, iteration) for name, value in scalars.items()]
-        try:
-            self._client.log_batch(self.run_id, metrics=points)
-        except self._failure as error:
-            logger.warning("MLflow did not take the numbers of iteration %d: %s", iteration, error)
+        self._client.log_batch(self.run_id, metrics=points)
 
     def close(self) -> None:
         """Mark the run as ended; one that goes on later is marked as running again."""

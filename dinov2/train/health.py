@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from dinov2.eval.probes import align_classes, score_features
 
 logger = logging.getLogger("dinov2")
 
+READINGS = "eval_metrics.json"
 REPORTED_SCORES = ("accuracy", "macro_f1", "balanced_accuracy")
 MAX_IMAGES = 4096  # vital signs settle with a few thousand images
 # A healthy run spreads its features over many directions. Set beforehand, then held against 16 short runs of
@@ -182,10 +183,26 @@ class HealthMonitor:
 
 def read_history(output_dir: str | Path, before: float = math.inf) -> list[dict[str, float]]:
     """The readings in `eval_metrics.json` of a run, up to and with iteration `before`; of repeated ones, the last."""
-    path = Path(output_dir) / "eval_metrics.json"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    latest = {row["iteration"]: row for row in rows if row["iteration"] <= before}
+    path = Path(output_dir) / READINGS
+    latest = {}
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            if line:
+                logger.warning("%s, line %d is cut off and left out", path, number)
+            continue
+        if row["iteration"] <= before:
+            latest[row["iteration"]] = row
     return [latest[iteration] for iteration in sorted(latest)]
+
+
+def append_reading(output_dir: str | Path, iteration: int, signs: Mapping[str, float]) -> None:
+    """Write a reading as a line of its own, even below one that a crash has cut off."""
+    with (Path(output_dir) / READINGS).open("a+") as file:
+        file.seek(0)
+        cut_off = not (file.read()[-1:] or "\n").endswith("\n")
+        file.write("\n" * cut_off + json.dumps({"iteration": iteration, **signs}) + "\n")
 
 
 def finite(features: np.ndarray) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from dinov2.train.build import (
 )
 from dinov2.train.engine import prepare_backbone
 from dinov2.train.flops import ideal_step_time
-from dinov2.train.health import HealthMonitor, read_history
+from dinov2.train.health import HealthMonitor, append_reading, read_history
 from dinov2.train.profiling import DEFAULT_STEPS, profiled_steps
 from dinov2.train.resume import compare_with_checkpoint, run_identity, set_logs_aside
 from dinov2.train.schedules import ScheduleValues, build_schedulers, total_iterations
@@ -142,20 +141,22 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, fl
     identity = run_identity(cfg, dataset)
     start, stop = resume_or_start(cfg, identity, checkpointer, resume), total_iterations(cfg)
     data = TrainBatches(cfg, dataset, device=model.device, dtype=model.input_dtype, start_iteration=start)
-    history = read_history(cfg.train.output_dir, before=start)
+    history = earlier_readings(cfg, start)
     health = HealthMonitor(cfg, device=model.device, held_out=dataset.preserved_images, history=history)
     metrics = build_metric_logger(cfg, model)
     watch = StepWatch(model.device)
     interrupted = False
-    if start == 0:
-        report_health(cfg, model, health, metrics, iteration=0)
-
     with (
         contextlib.closing(checkpointer),
         contextlib.closing(metrics),
         stop_on_signal() as stop_request,
         profiled_steps(cfg, model.device) as step_is_done,
     ):
+        if start == 0:
+            report_health(cfg, model, health, metrics, iteration=0)
+        elif is_due(start, cfg.evaluation.eval_period_iterations, last=stop) and not was_read(history, start):
+            do_test(cfg, model, start)  # the stop came first
+            report_health(cfg, model, health, metrics, iteration=start)
         steps = metrics.log_every(
             data, cfg.train.log_period, "Training", stop, start, should_stop=lambda: watch.stop_agreed
         )
@@ -177,8 +178,7 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, fl
             means = watch.observe(iteration, watched, stop=bool(stop_request or data.fault))
             losses = {name: means[name] for name in losses}
             metrics.update(total_loss=sum(losses.values()), **losses, **grad_norms, **schedule_metrics(now))
-            if model.watched:
-                metrics.set_latest(**model.vital_signs)
+            metrics.set_latest(**(model.vital_signs if model.watched else {}))
 
             done = iteration + 1
             interrupted = watch.stop_agreed and done < stop
@@ -192,8 +192,8 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, fl
         checkpointer.wait()
     if checkpointer.last_save_failed:
         raise CheckpointError("the last checkpoint could not be written, see the log; the one before it stands")
+    raise_data_fault(data)
     if interrupted:
-        raise_data_fault(data, done)
         raise TrainingInterrupted(f"stopped after {done} of {stop} iterations, as a signal asked; all is saved")
     return {name: meter.global_avg for name, meter in metrics.meters.items()}
 
@@ -240,18 +240,28 @@ def report_health(cfg: Any, model: SSLMetaArch, health: HealthMonitor, metrics: 
     logger.info("health after %d iterations: %s", iteration, "  ".join(f"{k}={v:.4g}" for k, v in signs.items()))
     metrics.log_scalars(iteration, {f"eval/{name}": value for name, value in signs.items()})
     if distributed.is_main_process():
-        with (Path(cfg.train.output_dir) / "eval_metrics.json").open("a") as file:
-            file.write(json.dumps({"iteration": iteration, **signs}) + "\n")
+        append_reading(cfg.train.output_dir, iteration, signs)
 
 
 # Pieces of a run --------------------------------------------------------------------------------------------------
 
 
-def raise_data_fault(data: TrainBatches, done: int) -> None:
+def earlier_readings(cfg: Any, start: int) -> list[dict[str, float]]:
+    """The readings of the run up to where it goes on, as the main process finds them: the same on every rank."""
+    found = read_history(cfg.train.output_dir, before=start) if start and distributed.is_main_process() else []
+    return distributed.broadcast_object(found)
+
+
+def was_read(history: list[dict[str, float]], iteration: int) -> bool:
+    """Whether there is a reading of that iteration."""
+    return any(row["iteration"] == iteration for row in history)
+
+
+def raise_data_fault(data: TrainBatches) -> None:
     """Raise on every rank what made one of them stop: too many images that cannot be read."""
     faults = [fault for fault in distributed.gather_objects(data.fault and str(data.fault)) if fault]
     if faults:
-        raise TooManyUnreadable(f"{faults[0]}\nThe run stopped after {done} iterations, all is saved")
+        raise TooManyUnreadable(f"{faults[0]}\nThe run has stopped, all is saved")
 
 
 def build_metric_logger(cfg: Any, model: SSLMetaArch) -> MetricLogger:
@@ -392,9 +402,10 @@ def export_checkpoint(cfg: Any, model: SSLMetaArch, checkpoint: str = "") -> Non
         raise CheckpointError(f"no checkpoint in {checkpointer.save_dir}; train first, or name one with --eval")
     done = checkpointer.load(found)["iteration"]
     held_out = build_train_dataset(cfg).preserved_images if cfg.train.dataset_path else None
-    health = HealthMonitor(cfg, device=model.device, held_out=held_out)
+    health = HealthMonitor(cfg, device=model.device, held_out=held_out, history=earlier_readings(cfg, done))
     do_test(cfg, model, done)
-    report_health(cfg, model, health, build_metric_logger(cfg, model), done)
+    with contextlib.closing(build_metric_logger(cfg, model)) as metrics:
+        report_health(cfg, model, health, metrics, done)
 
 
 if __name__ == "__main__":

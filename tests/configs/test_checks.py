@@ -318,9 +318,11 @@ def test_a_tracker_that_is_unknown_or_not_installed_is_refused_with_the_command_
 
 
 def test_a_network_to_learn_from_must_be_there_and_stochastic_depth_is_advised_against(tmp_path):
-    said = problems("distillation.enabled=true", f"distillation.config_file={tmp_path}/c.yaml")
+    words = "distillation.enabled=true", f"distillation.config_file={tmp_path}/c.yaml"
+    said = problems(*words, for_training=True)
     assert any(f"distillation.config_file={tmp_path}/c.yaml: no such file" in problem for problem in said)
     assert any("distillation.checkpoint='': no such file" in problem for problem in said)
+    assert problems(*words) == []  # to score what has been distilled, nobody needs the network it learned from
     advice = list(find_advice(merged("distillation.enabled=true"), effective_batch=1024))
     assert any("student.drop_path_rate=0.3" in sentence for sentence in advice)
 

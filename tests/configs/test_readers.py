@@ -20,6 +20,7 @@ READERS = {
     "dino": "train/ssl_meta_arch.py",
     "ibot": "train/ssl_meta_arch.py",
     "compute_precision": "fsdp/wrap.py",
+    "distillation": "train/ssl_meta_arch.py",
 }
 NO_EFFECT = {"buffer_dtype"}  # said so in the schema, and to who sets it
 

@@ -7,6 +7,7 @@ import pytest
 
 from dinov2 import distributed
 from dinov2.logging import MetricLogger, build_trackers
+from dinov2.logging.trackers import NeverInTheWay
 
 SETTINGS = {"train": {"seed": 3, "dataset_path": ["a", "b"]}, "optim": {"lr": 0.5}}
 
@@ -61,3 +62,23 @@ def test_without_a_tracker_nothing_is_written(tmp_path):
     assert distributed.is_main_process()
     assert build_trackers([], tmp_path, SETTINGS) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tracker_that_fails_is_told_once_and_costs_the_run_nothing(caplog):
+    class Broken:
+        calls = 0
+
+        def write(self, iteration, scalars):
+            self.calls += 1
+            raise ConnectionError("no route to host")
+
+        def close(self):
+            raise AssertionError("left alone after its first failure")
+
+    broken = Broken()
+    writer = NeverInTheWay("mlflow", broken)
+    writer.write(3, {"loss": 1.0})
+    writer.write(4, {"loss": 1.0})
+    writer.close()
+    assert broken.calls == 1
+    assert "mlflow takes no more numbers, from iteration 3 on: no route to host" in caplog.text

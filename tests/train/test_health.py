@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dinov2.train.health import HealthMonitor, feature_std, rank_me, read_history
+from dinov2.train.health import HealthMonitor, append_reading, feature_std, rank_me, read_history
 
 
 def config(fit="", evaluation="", weights=""):
@@ -120,6 +120,13 @@ def test_a_run_from_weights_that_falls_below_them_is_an_alarm(weights, resumed, 
     assert score < start
     said = f"ALARM: 20-NN accuracy is {score:.1%}, below the {start:.1%} before the first step"
     assert (said in caplog.text) == bool(weights)
+
+
+def test_a_reading_that_a_crash_cut_off_costs_that_reading_only(tmp_path, caplog):
+    (tmp_path / "eval_metrics.json").write_text('{"iteration": 0, "rankme": 9.0}\n{"iteration": 4, "ran')
+    append_reading(tmp_path, 4, {"rankme": 8.0})
+    assert read_history(tmp_path) == [{"iteration": 0, "rankme": 9.0}, {"iteration": 4, "rankme": 8.0}]
+    assert "line 2 is cut off" in caplog.text
 
 
 def test_features_that_are_not_finite_are_said_so(tiny_vit, image_paths, caplog):

@@ -120,6 +120,7 @@ def test_a_run_stopped_in_the_middle_goes_on_to_the_same_losses(cell_folder, tmp
     assert max(losses_of(tmp_path / "stopped")) < 7
     assert main(arguments(cell_folder, tmp_path / "stopped")) == 0
     assert losses_of(tmp_path / "stopped") == losses_of(tmp_path / "straight")
+    assert read_history(tmp_path / "stopped") == read_history(tmp_path / "straight")  # also the one due when it stopped
     ends = [dinov2.load(tmp_path / run / "eval/training_8/teacher_backbone.pth") for run in ("straight", "stopped")]
     for a, b in zip(ends[0].parameters(), ends[1].parameters()):
         assert torch.equal(a, b)
