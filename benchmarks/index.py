@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -26,7 +27,7 @@ from unittest import mock
 import numpy as np
 import psutil
 import pyarrow as pa
-from sections import write_section
+from sections import table, write_section
 
 from dinov2.data import manifest
 from dinov2.data.manifest import Catalog, PathList, find_sources, open_index
@@ -188,11 +189,6 @@ def python_list(count: int) -> list[str]:
     return [f"{count:,}", str(build), *map(megabytes, memory)]
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---:"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--largest", type=int, default=7, help="exponent of the largest made-up data set (default: 7)")
@@ -208,6 +204,7 @@ def main() -> None:
     command = f"python benchmarks/index.py --largest {args.largest} --files {args.files}"
     versions = f"Python {platform.python_version()}, pyarrow {pa.__version__}, numpy {np.__version__}"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    right = partial(table, rule="---:")
     section = f"""## Index
 
 `{command}`, {time.strftime("%Y-%m-%d")}, {versions},
@@ -220,15 +217,15 @@ process has read, which the system drops when memory is short. The last column i
 which computes its permutation instead of keeping it. In brackets, and for the lookup: CPU time, because the machine was
 busy with other work.
 
-{table(["paths", "build", "on disk", "per path", "open", "lookup", "private", "touched", "pickled", "shuffle"], growth)}
+{right(["paths", "build", "on disk", "per path", "open", "lookup", "private", "touched", "pickled", "shuffle"], growth)}
 
 The same as a Python list of strings, read by one forked worker, with a permutation by numpy:
 
-{table(["paths", "build", "main process", "each worker", "permutation"], lists)}
+{right(["paths", "build", "main process", "each worker", "permutation"], lists)}
 
 Real files on the local disk, warm:
 
-{table(["files", "folders", "first scan", "nothing changed", "one folder changed"], scanned)}
+{right(["files", "folders", "first scan", "nothing changed", "one folder changed"], scanned)}
 """
     print(section)
     if args.write:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], rule: str = "---") -> str:
+    """A Markdown table; `rule` aligns its columns, "---:" to the right."""
+    lines = [head, [rule] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

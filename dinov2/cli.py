@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Sequence
 
 from dinov2 import __version__
+from dinov2.utils.errors import USER_ERROR, exit_code_of
 
 # name: (module, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -26,8 +27,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "consolidate": ("dinov2.fsdp.checkpointer", "gather a sharded training checkpoint into one file"),
     "submit": ("dinov2.run.submit", "start a training run on a SLURM cluster"),
 }
-
-USER_ERROR = 2  # exit code, as argparse and dinov2.utils.errors use it
 
 
 def describe() -> str:
@@ -62,8 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         return _complain(_unknown(name))
-    from dinov2.utils.errors import exit_code_of  # here, so that `dinov2 --help` imports nothing heavy
-
     module = importlib.import_module(COMMANDS[name][0])
     code = exit_code_of(module.main, rest, name=f"dinov2 {name}", debug=debug)
     if code == USER_ERROR and not debug:

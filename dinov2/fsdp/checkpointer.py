@@ -15,6 +15,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ LATEST = "last_checkpoint"
 
 class CheckpointError(OSError):
     """A checkpoint could not be written or read; the message says which and why."""
+
+
+def first_free(path: Path) -> Path:
+    """`path` with .1, .2, ... behind its name: the first that does not exist."""
+    return next(free for number in count(1) if not (free := path.with_name(f"{path.name}.{number}")).exists())
 
 
 class FSDPCheckpointer:
@@ -153,10 +159,7 @@ class FSDPCheckpointer:
     def set_aside(self) -> None:
         """Move the checkpoints there are to a folder beside `save_dir`, so that a new run starts without them."""
         if is_main_process() and _checkpoints(self.save_dir):
-            number = 1
-            while (aside := self.save_dir.with_name(f"{self.save_dir.name}.{number}")).exists():
-                number += 1
-            self.save_dir.rename(aside)
+            aside = self.save_dir.rename(first_free(self.save_dir))
             self.save_dir.mkdir()
             logger.info("the checkpoints of an earlier run are now in %s", aside)
         barrier()

@@ -16,12 +16,14 @@ from omegaconf import OmegaConf
 from dinov2.configs import dinov2_default_config
 from dinov2.data import ImageDataset
 from dinov2.distributed import is_main_process
+from dinov2.fsdp import first_free
 from dinov2.logging.trackers import RUN_IDS
+from dinov2.train.health import READINGS
 from dinov2.utils.config import get_effective_batch_size
 
 logger = logging.getLogger("dinov2")
 
-LOGS = ("training_metrics.json", "eval_metrics.json", "tensorboard", RUN_IDS)  # what a run appends to
+LOGS = ("training_metrics.json", READINGS, "tensorboard", RUN_IDS)  # what a run appends to
 
 # What may differ between a run and its continuation without changing what it learns.
 FREE = (
@@ -106,9 +108,7 @@ def set_logs_aside(output_dir: str | Path) -> None:
     logs = [path for name in LOGS if (path := folder / name).exists()]
     if not logs or not is_main_process():
         return
-    number = 1
-    while (aside := folder / f"logs_before.{number}").exists():
-        number += 1
+    aside = first_free(folder / "logs_before")
     aside.mkdir()
     for path in logs:
         path.rename(aside / path.name)
