@@ -259,7 +259,7 @@ class FSDPCheckpointer:
         _sync(self.save_dir)
         self.tag_last_checkpoint(name)
         logger.info("saved %s", final)
-        if failure := self._try(self._remove_old):
+        if failure := self._try(lambda: self._remove_old(name)):
             logger.warning("old checkpoints in %s could not be cleared away: %s", self.save_dir, failure)
 
     def _give_up(self, partial: Path, name: str, error: BaseException | None) -> None:
@@ -269,8 +269,10 @@ class FSDPCheckpointer:
         if is_main_process():
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _remove_old(self) -> None:
-        for old in _checkpoints(self.save_dir)[self.keep_last :]:
+    def _remove_old(self, newest: str) -> None:
+        """Keep the last ones up to `newest`. Those past it are damaged, the run went back behind them: none counts."""
+        good = [checkpoint for checkpoint in _checkpoints(self.save_dir) if checkpoint.name <= newest]
+        for old in good[self.keep_last :]:
             iteration = json.loads((old / INDEX).read_text())["extra"].get("iteration")
             if not (self.keep_every and iteration and iteration % self.keep_every == 0):
                 shutil.rmtree(old)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from .packing import Layout, merge_equal_lengths, sequence_offsets, unpack
 
 ATTENTION_BACKENDS = ("auto", "sdpa", "flex", "varlen", "xformers")
-LONGEST_BY_PRODUCTS = 1024  # tokens; above, `auto` no longer gains on a CPU and the attention matrix grows large
+LONGEST_BY_PRODUCTS = 1024  # tokens; above, `auto` no longer gains on a CPU
+LARGEST_BY_PRODUCTS = 2**26  # bytes of the attention matrix of one crop size; each block keeps it for its backward pass
 
 
 def _auto(qkv: Tensor, layout: Layout, dropout: float = 0.0, is_causal: bool = False) -> Tensor:
@@ -27,10 +28,17 @@ def _auto(qkv: Tensor, layout: Layout, dropout: float = 0.0, is_causal: bool = F
     bfloat16 its backward pass costs two to five times the plain matrix products (docs/benchmarks.md), which are used
     there while their attention matrix is small.
     """
-    small = max(length for _, length in layout) <= LONGEST_BY_PRODUCTS
-    if small and qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and not dropout and not is_causal:
+    on_cpu = qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16
+    if on_cpu and not dropout and not is_causal and _matrix_is_small(qkv, layout):
         return _per_crop_size(qkv, layout, _attend_by_products)
     return _sdpa(qkv, layout, dropout, is_causal)
+
+
+def _matrix_is_small(qkv: Tensor, layout: Layout) -> bool:
+    longest = max(length for _, length in layout)
+    scores = max(images * length**2 for images, length in merge_equal_lengths(layout))
+    matrix = scores * qkv.shape[2] * qkv.element_size()
+    return longest <= LONGEST_BY_PRODUCTS and matrix <= LARGEST_BY_PRODUCTS
 
 
 def _sdpa(qkv: Tensor, layout: Layout, dropout: float = 0.0, is_causal: bool = False) -> Tensor:

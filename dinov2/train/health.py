@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -199,10 +200,11 @@ def read_history(output_dir: str | Path, before: float = math.inf) -> list[dict[
 
 def append_reading(output_dir: str | Path, iteration: int, signs: Mapping[str, float]) -> None:
     """Write a reading as a line of its own, even below one that a crash has cut off."""
-    with (Path(output_dir) / READINGS).open("a+") as file:
-        file.seek(0)
-        cut_off = not (file.read()[-1:] or "\n").endswith("\n")
-        file.write("\n" * cut_off + json.dumps({"iteration": iteration, **signs}) + "\n")
+    with (Path(output_dir) / READINGS).open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+        cut_off = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * cut_off + json.dumps({"iteration": iteration, **signs}).encode() + b"\n")
 
 
 def finite(features: np.ndarray) -> bool:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
@@ -20,24 +19,24 @@ STEPS_BEFORE = 5  # steps of this start that are let pass: compiling, first allo
 
 
 @contextmanager
-def profiled_steps(cfg: Any, device: torch.device) -> Iterator[Callable[[], None]]:
-    """Record `train.profile_steps` steps of the main process; yield what to call after each step.
+def profiled_steps(output_dir: str | Path, steps: int, device: torch.device) -> Iterator[Callable[[], None]]:
+    """Record `steps` steps of the main process; yield what to call after each step.
 
-    The trace (`*.pt.trace.json`) goes to `profile/` in the output folder: Chrome's trace format, which
+    The trace (`*.pt.trace.json`) goes to `profile/` in `output_dir`: Chrome's trace format, which
     https://ui.perfetto.dev, `chrome://tracing` and TensorBoard's profiler plugin show. With 0 steps nothing happens.
     """
-    if cfg.train.profile_steps == 0 or not is_main_process():
+    if steps == 0 or not is_main_process():
         yield lambda: None
         return
-    folder = Path(cfg.train.output_dir) / "profile"
+    folder = Path(output_dir) / "profile"
     write = tensorboard_trace_handler(str(folder), worker_name="rank0")
 
     def write_and_tell(profiler: profile) -> None:
         write(profiler)
+        recorded = min(steps, profiler.step_num - STEPS_BEFORE)
         table = profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=12)
-        logger.info("wrote the trace of %d steps to %s; most of the time went to\n%s", steps, folder, table)
+        logger.info("wrote the trace of %d steps to %s; most of the time went to\n%s", recorded, folder, table)
 
-    steps = cfg.train.profile_steps
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     plan = schedule(wait=STEPS_BEFORE - 1, warmup=1, active=steps, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=write_and_tell, profile_memory=True) as profiler:

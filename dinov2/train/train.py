@@ -118,13 +118,14 @@ def clip_and_step(optimizer: torch.optim.Optimizer, model: SSLMetaArch, clip_gra
     return norms
 
 
-def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, float]:
+def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False, *, profile_steps: int = 0) -> dict[str, float]:
     """Train to the end of the schedules; return the mean of every metric since the last (re)start.
 
     Args:
         cfg: a whole configuration with an absolute `train.output_dir`.
         model: on its device, prepared for distributed training.
         resume: go on from the newest checkpoint in the output folder, if there is one.
+        profile_steps: steps of this start to trace; 0: as `train.profile_steps` says.
 
     Raises:
         TrainingInterrupted: a signal asked to stop; the checkpoint is complete.
@@ -150,7 +151,7 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False) -> dict[str, fl
         contextlib.closing(checkpointer),
         contextlib.closing(metrics),
         stop_on_signal() as stop_request,
-        profiled_steps(cfg, model.device) as step_is_done,
+        profiled_steps(cfg.train.output_dir, profile_steps or cfg.train.profile_steps, model.device) as step_is_done,
     ):
         if start == 0:
             report_health(cfg, model, health, metrics, iteration=0)
@@ -371,14 +372,13 @@ def main(args: argparse.Namespace | Sequence[str] | None = None) -> int:
     if not isinstance(args, argparse.Namespace):
         args = get_args_parser().parse_args(args)
     cfg = setup(args, for_training=not args.eval_only, write=False)
-    if args.profile and not cfg.train.profile_steps:
-        cfg.train.profile_steps = DEFAULT_STEPS
+    profile_steps = cfg.train.profile_steps or (DEFAULT_STEPS if args.profile else 0)
     try:
         model = build_model(cfg)
         if args.eval_only:
             export_checkpoint(cfg, model, args.eval)
         else:
-            do_train(cfg, model, resume=not args.no_resume)
+            do_train(cfg, model, resume=not args.no_resume, profile_steps=profile_steps)
     except TrainingInterrupted as reason:
         logger.warning("%s. The same command goes on from there (exit code %d)", reason, EXIT_INTERRUPTED)
         return EXIT_INTERRUPTED

@@ -90,6 +90,16 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_pat
         checkpointer.load(tmp_path / "model_0000001")
 
 
+def test_a_damaged_checkpoint_does_not_push_out_the_good_ones_that_are_written_after_it(tmp_path):
+    _, _, checkpointer = make(tmp_path, keep_last=1)
+    checkpointer.save("model_0000009", iteration=10)
+    damage_truncated(tmp_path / "model_0000009")
+    for done in (5, 6):
+        checkpointer.save(f"model_{done - 1:07d}", iteration=done)
+    assert checkpointer.resume_or_load()["iteration"] == 6
+    assert not (tmp_path / "model_0000004").exists()
+
+
 def test_a_half_written_checkpoint_is_not_taken_for_one_and_is_cleared_away(tmp_path):
     (tmp_path / ".model_0000005.partial").mkdir(parents=True)
     (tmp_path / ".model_0000005.partial" / "__0_0.distcp").write_bytes(b"half")

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from dinov2.layers import attention
 from dinov2.layers.attention import Attention, _flex, _sdpa
 from dinov2.layers.packing import pack, unpack
 
@@ -74,6 +75,18 @@ def test_flex_attention_agrees_with_sdpa_on_a_packing(monkeypatch):
     layout = ((2, 9), (3, 5))
     qkv = torch.randn(33, 3, 2, 16)
     torch.testing.assert_close(_flex(qkv, layout), _sdpa(qkv, layout))
+
+
+def test_auto_stores_no_large_attention_matrix_on_a_cpu(monkeypatch):
+    calls = []
+    products = attention._attend_by_products
+    monkeypatch.setattr(attention, "_attend_by_products", lambda *args: calls.append(1) or products(*args))
+    qkv = torch.randn(40, 3, 2, 16, dtype=torch.bfloat16)
+    attention._auto(qkv, ((4, 10),))
+    assert calls == [1]
+    monkeypatch.setattr(attention, "LARGEST_BY_PRODUCTS", 4 * 2 * 10 * 10 * 2 - 1)  # images, heads, tokens, bytes
+    attention._auto(qkv, ((2, 10), (2, 10)))  # crops of one size share a matrix
+    assert calls == [1]
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,13 @@ def test_a_profile_traces_the_steps_after_the_first_ones_and_changes_no_loss(fin
     assert losses_of(tmp_path) == losses_of(finished)
 
 
+def test_a_profile_is_of_one_start_and_tells_the_steps_that_it_has(cell_folder, tmp_path):
+    changes = {"train.log_period": 4, "evaluation.eval_period_iterations": 0}
+    assert main(arguments(cell_folder, tmp_path, "--profile", **changes)) == 0
+    assert "wrote the trace of 3 steps" in (tmp_path / "logs" / "log.txt").read_text()  # of 8, the first 5 pass
+    assert OmegaConf.load(tmp_path / "config.yaml").train.profile_steps == 0
+
+
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
 def test_activation_checkpointing_changes_no_loss(cell_folder, tmp_path, checkpointing):
     short = {"optim.epochs": 1, "optim.warmup_epochs": 0, "evaluation.eval_period_iterations": 0}
