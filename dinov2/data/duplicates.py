@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import cv2
 import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
+from tqdm import tqdm
+
+from .decode import UnreadableImage
+from .manifest import PathList
 
 NEAR_BITS = 6  # of 64; re-encoded, rescaled or brightened copies differ by less, different cells by 10 and more
 _LARGEST_BUCKET = 512  # candidates looked at per lookup: keeps the search linear where very many images look alike
@@ -27,6 +33,18 @@ def perceptual_hash(image: np.ndarray) -> int:
     frequencies[0] = 0  # the mean brightness
     bits = frequencies > np.median(frequencies[1:])
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def content_hashes(paths: PathList) -> np.ndarray:
+    """Return a uint64 per image file that is the same for the same bytes; 0 where a file cannot be read."""
+    hashes = np.zeros(len(paths), np.uint64)
+    for position in tqdm(range(len(paths)), desc="looking for copies", unit="image", leave=False):
+        try:
+            data = paths.read(position)
+        except (OSError, UnreadableImage):
+            continue
+        hashes[position] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    return hashes
 
 
 def groups_of_equals(keys: np.ndarray) -> list[np.ndarray]:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from dinov2 import distributed
 from dinov2.data import LabelledDataset
+from dinov2.data.duplicates import content_hashes
 from dinov2.data.manifest import cache_folder, describe_counts
 from dinov2.eval.batch_effects import batch_effects
 from dinov2.eval.calibration import apply_temperature, fit_temperature
@@ -436,6 +437,17 @@ def model_names(args: argparse.Namespace) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
 
 
+def copies_across(splits: Sequence[Split], contents: np.ndarray) -> np.ndarray:
+    """Return the sorted rows that are tested in a split that trains on an image with the same content.
+
+    Args:
+        splits: rows of training and of testing.
+        contents: one hash per row.
+    """
+    found = [split.test[np.isin(contents[split.test], contents[split.train])] for split in splits]
+    return np.unique(np.concatenate(found))
+
+
 # --------------------------------------------------------------------------- command line
 
 
@@ -513,6 +525,15 @@ def run(args: argparse.Namespace) -> Report | None:
         splits = [Split(np.arange(sizes[0]), np.arange(sizes[0], sum(sizes)))]
     else:
         splits = make_folds(tables[0], args.folds, args.seed)
+    contents = {path: content for data in datasets for path, content in zip(data.paths, content_hashes(data.paths))}
+    copies = copies_across(splits, np.array([contents[path] for table in tables for path in table.paths]))
+    if len(copies):
+        logger.warning(
+            "%d test images are copies, byte for byte, of training images, such as %s: the scores are too good by "
+            "them. `dinov2 check --report` lists copies; give them a common `group` in a manifest, or remove them",
+            len(copies),
+            concatenate(tables).paths[copies[0]],
+        )
 
     outcomes, effects = [], {}
     for entrant in entrants:
@@ -534,6 +555,7 @@ def run(args: argparse.Namespace) -> Report | None:
         batch_effects=effects,
         left_out=dict(sum(map(Counter, left_out), Counter())),  # of both data sets
         skipped=dict(skipped),
+        copies=len(copies),
         settings=vars(args),
         seed=args.seed,
     )

@@ -107,6 +107,7 @@ class Report:
     method_names: Mapping[str, str]
     batch_effects: Mapping[tuple[str, str], Mapping[str, float]] = field(default_factory=dict)
     left_out: Mapping[str, int] = field(default_factory=dict)  # images by class, on request
+    copies: int = 0  # test images whose very bytes were trained on
     skipped: Mapping[str, int] = field(default_factory=dict)  # files that are no images, by reason
     settings: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -235,6 +236,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "images": len(report.table),
         "unreadable": [u._asdict() for u in report.table.unreadable],
         "left_out": dict(report.left_out),
+        "copies": report.copies,
         "skipped": dict(report.skipped),
         "classes": {name: int((report.table.labels == i).sum()) for i, name in enumerate(report.table.classes)},
         "splits": [{"train": len(s.train), "test": len(s.test)} for s in report.splits],
@@ -287,6 +289,8 @@ def as_markdown(report: Report, pictures: Mapping[str, Sequence[str]]) -> str:
         f"Classes: {', '.join(f'{name} ({n})' for name, n in zip(table.classes, classes))}.",
         "Macro scores give every class the same weight; weighted ones every image. Weighted recall is the accuracy.",
     ]
+    if report.copies:
+        lines.append(f"**{report.copies} test images are copies of training images**, byte for byte, which helps scores.")
     if report.left_out:
         lines.append(f"Left out on request: {', '.join(f'{k} ({n} images)' for k, n in report.left_out.items())}.")
     if report.skipped:

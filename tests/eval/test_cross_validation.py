@@ -17,6 +17,7 @@ from dinov2.eval.cross_validation import (
     apply_label_map,
     check_label_map,
     colour_histogram,
+    copies_across,
     cross_validate,
     hold_out,
     main,
@@ -249,6 +250,8 @@ def test_cross_source_goes_through_a_label_map(tmp_path, weights, cell_folder, c
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["splits"] == [{"train": 32, "test": 24}]
     assert report["left_out"] == {"Class3": 8}
+    assert report["copies"] == 24  # the other source is a copy, which no score may hide
+    assert "24 test images are copies" in (tmp_path / "report" / "report.md").read_text()
     assert report["results"][0]["scores"]["accuracy"]["all_images"] == 1  # 1-NN finds the same image
     assert {"source_balanced_accuracy", "silhouette_class", "silhouette_source"} <= set(report["batch_effects"][0])
 
@@ -270,6 +273,12 @@ def test_an_image_cannot_be_learned_from_and_tested(tmp_path, weights, cell_fold
         evaluate(
             "--weights", weights, "--data", str(cell_folder), "--test", str(tmp_path / "test.csv"), report=tmp_path
         )
+
+
+def test_a_copy_in_another_fold_is_found_and_one_in_the_same_fold_is_no_harm():
+    splits = [Split(np.array([2, 3]), np.array([0, 1])), Split(np.array([0, 1]), np.array([2, 3]))]
+    assert copies_across(splits, np.array([7, 7, 8, 9], np.uint64)).tolist() == []
+    assert copies_across(splits, np.array([7, 8, 9, 7], np.uint64)).tolist() == [0, 3]
 
 
 def test_the_main_table_is_the_readmes():
