@@ -290,7 +290,7 @@ def as_markdown(report: Report, pictures: Mapping[str, Sequence[str]]) -> str:
         "Macro scores give every class the same weight; weighted ones every image. Weighted recall is the accuracy.",
     ]
     if report.copies:
-        lines.append(f"**{report.copies} test images are copies of training images**, byte for byte; this lifts scores.")
+        lines.append(f"**{report.copies} test images are copies of training images**, byte for byte: scores rise.")
     if report.left_out:
         lines.append(f"Left out on request: {', '.join(f'{k} ({n} images)' for k, n in report.left_out.items())}.")
     if report.skipped:
