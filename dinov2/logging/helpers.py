@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dinov2 import distributed
-from dinov2.logging.writers import JsonLinesWriter, MetricWriter, TensorBoardWriter
+from dinov2.logging.writers import JsonLinesWriter, MetricWriter, NeverInTheWay, TensorBoardWriter
 
 logger = logging.getLogger("dinov2")
 
@@ -236,7 +236,8 @@ class MetricLogger:
 
     def _open_tensorboard(self, start_iteration: int) -> None:
         if self._tensorboard_dir is not None and distributed.is_main_process():
-            self._writers.append(TensorBoardWriter(self._tensorboard_dir, start_iteration))
+            curves = TensorBoardWriter(self._tensorboard_dir, start_iteration)
+            self._writers.append(NeverInTheWay("TensorBoard", curves))
             self._tensorboard_dir = None
 
     def _report(self, header: str, iteration: int, n_iterations: int, clock: "_Clock") -> None:

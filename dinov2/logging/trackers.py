@@ -10,12 +10,12 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dinov2.distributed import is_main_process
-from dinov2.logging.writers import MetricWriter
+from dinov2.logging.writers import MetricWriter, NeverInTheWay
 
 logger = logging.getLogger("dinov2")
 
@@ -52,39 +52,6 @@ def build_trackers(names: Sequence[str], output_dir: str | Path, settings: Mappi
     if writers:
         path.write_text(json.dumps(ids))
     return writers
-
-
-class NeverInTheWay:
-    """A tracker whose failure costs its points, not the run: the first is told, then it is left alone.
-
-    A server that does not answer would otherwise hold up every step that is reported, or change the exit code of a run
-    that has saved everything.
-
-    Args:
-        name: of the tracker.
-        writer: to hand the numbers to.
-    """
-
-    def __init__(self, name: str, writer: MetricWriter):
-        self._name, self._writer = name, writer
-        self._failed = False
-
-    def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
-        """Hand the numbers on."""
-        self._try(lambda: self._writer.write(iteration, scalars), f"from iteration {iteration} on")
-
-    def close(self) -> None:
-        """End the tracker's run."""
-        self._try(self._writer.close, "while ending its run")
-
-    def _try(self, act: Callable[[], None], when: str) -> None:
-        if self._failed:
-            return
-        try:
-            act()
-        except Exception as error:
-            self._failed = True
-            logger.warning("%s takes no more numbers, %s: %s", self._name, when, error)
 
 
 class WandbWriter:

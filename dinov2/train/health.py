@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from dinov2.data import LabelledDataset
 from dinov2.eval.features import FeatureTable, ImageFiles, extract, l2_normalise
 from dinov2.eval.probes import align_classes, score_features
+from dinov2.logging.writers import append_json_line
 
 logger = logging.getLogger("dinov2")
 
@@ -199,12 +199,8 @@ def read_history(output_dir: str | Path, before: float = math.inf) -> list[dict[
 
 
 def append_reading(output_dir: str | Path, iteration: int, signs: Mapping[str, float]) -> None:
-    """Write a reading as a line of its own, even below one that a crash has cut off."""
-    with (Path(output_dir) / READINGS).open("ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-        cut_off = file.read(1) not in (b"", b"\n")
-        file.write(b"\n" * cut_off + json.dumps({"iteration": iteration, **signs}).encode() + b"\n")
+    """Add a reading to `eval_metrics.json`."""
+    append_json_line(Path(output_dir) / READINGS, {"iteration": iteration, **signs})
 
 
 def finite(features: np.ndarray) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dinov2 import distributed
@@ -146,7 +148,7 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False, *, profile_step
     health = HealthMonitor(cfg, device=model.device, held_out=dataset.preserved_images, history=history)
     metrics = build_metric_logger(cfg, model)
     watch = StepWatch(model.device)
-    interrupted = False
+    interrupted, unwritten = False, None
     with (
         contextlib.closing(checkpointer),
         contextlib.closing(metrics),
@@ -156,7 +158,7 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False, *, profile_step
         if start == 0:
             report_health(cfg, model, health, metrics, iteration=0)
         elif is_due(start, cfg.evaluation.eval_period_iterations, last=stop) and not was_read(history, start):
-            do_test(cfg, model, start)  # the stop came first
+            unwritten = write_weights(cfg, model, start)  # the stop came first
             report_health(cfg, model, health, metrics, iteration=start)
         steps = metrics.log_every(
             data, cfg.train.log_period, "Training", stop, start, should_stop=lambda: watch.stop_agreed
@@ -186,7 +188,7 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False, *, profile_step
             if interrupted or is_due(done, checkpoint_period(cfg), last=stop):
                 save(identity, checkpointer, model, done)
             if done == stop or (not interrupted and is_due(done, cfg.evaluation.eval_period_iterations, last=stop)):
-                do_test(cfg, model, done)
+                unwritten = write_weights(cfg, model, done)
                 report_health(cfg, model, health, metrics, iteration=done)
             step_is_done()
         watch.finish()
@@ -196,6 +198,8 @@ def do_train(cfg: Any, model: SSLMetaArch, resume: bool = False, *, profile_step
     raise_data_fault(data)
     if interrupted:
         raise TrainingInterrupted(f"stopped after {done} of {stop} iterations, as a signal asked; all is saved")
+    if unwritten is not None:
+        raise unwritten
     return {name: meter.global_avg for name, meter in metrics.meters.items()}
 
 
@@ -213,22 +217,47 @@ def do_test(cfg: Any, model: SSLMetaArch, iteration: int | str) -> Path:
 
     Returns:
         The folder.
+
+    Raises:
+        CheckpointError: they could not be written, a full disk for example; on every rank.
     """
     name = iteration if isinstance(iteration, str) else f"training_{iteration}"
     folder = Path(cfg.train.output_dir) / "eval" / name
     weights = full_state_dict(model.teacher)
+    problem = ""
     if distributed.is_main_process():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / ".teacher_checkpoint.partial"
+        try:
+            _write_teacher(folder, weights, OmegaConf.to_container(cfg, resolve=True))
+            logger.info("wrote the teacher's weights to %s", folder)
+        except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch tells a full disk as a RuntimeError
+            free = shutil.disk_usage(cfg.train.output_dir).free / 2**20
+            problem = f"the teacher's weights could not be written to {folder} ({free:.0f} MiB free there): {error}"
+    if problem := distributed.broadcast_object(problem):
+        raise CheckpointError(problem)
+    return folder
+
+
+def _write_teacher(folder: Path, weights: dict[str, Tensor], settings: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".teacher_checkpoint.partial"
+    try:
         torch.save({"teacher": weights}, partial)
         partial.replace(folder / "teacher_checkpoint.pth")
-        backbone = {key.removeprefix("backbone."): w for key, w in weights.items() if key.startswith("backbone.")}
-        settings = OmegaConf.to_container(cfg, resolve=True)
-        for suffix in (".pth", ".safetensors"):
-            save_backbone(backbone, folder / f"teacher_backbone{suffix}", settings)
-        logger.info("wrote the teacher's weights to %s", folder)
-    distributed.barrier()
-    return folder
+    finally:
+        partial.unlink(missing_ok=True)
+    backbone = {key.removeprefix("backbone."): w for key, w in weights.items() if key.startswith("backbone.")}
+    for suffix in (".pth", ".safetensors"):
+        save_backbone(backbone, folder / f"teacher_backbone{suffix}", settings)
+
+
+def write_weights(cfg: Any, model: SSLMetaArch, iteration: int) -> CheckpointError | None:
+    """`do_test` within a run, which weights that cannot be written do not end: return what went wrong, if anything."""
+    try:
+        do_test(cfg, model, iteration)
+    except CheckpointError as error:
+        logger.error("%s", error)
+        return error
+    return None
 
 
 def report_health(cfg: Any, model: SSLMetaArch, health: HealthMonitor, metrics: MetricLogger, iteration: int) -> None:

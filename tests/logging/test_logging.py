@@ -8,6 +8,7 @@ from ranks import run_ranks
 
 from dinov2 import distributed
 from dinov2.logging import MetricLogger, SmoothedValue, setup_logging
+from dinov2.logging.writers import append_json_line
 
 
 @pytest.fixture
@@ -252,3 +253,17 @@ def test_other_processes_keep_quiet_and_have_their_own_file(tmp_path, capsys, mo
     logging.getLogger(own_logger).info("from three")
     assert capsys.readouterr().out == ""
     assert "from three" in (tmp_path / "logs" / "log.txt.rank3").read_text()
+
+
+def test_numbers_that_find_the_disk_full_are_told_and_end_nothing(caplog):
+    with caplog.at_level("ERROR", logger="dinov2"):
+        append_json_line("/dev/full", {"iteration": 7})
+    assert "/dev/full lacks the numbers of iteration 7: [Errno 28] No space left on device" in caplog.text
+
+
+def test_a_line_that_a_crash_has_cut_off_takes_no_other_with_it(tmp_path):
+    path = tmp_path / "numbers.json"
+    path.write_text('{"iteration": 0, "lo')
+    append_json_line(path, {"iteration": 1})
+    append_json_line(path, {"iteration": 2})
+    assert path.read_text().splitlines() == ['{"iteration": 0, "lo', '{"iteration": 1}', '{"iteration": 2}']

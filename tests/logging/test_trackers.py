@@ -7,7 +7,7 @@ import pytest
 
 from dinov2 import distributed
 from dinov2.logging import MetricLogger, build_trackers
-from dinov2.logging.trackers import NeverInTheWay
+from dinov2.logging.writers import NeverInTheWay
 
 SETTINGS = {"train": {"seed": 3, "dataset_path": ["a", "b"]}, "optim": {"lr": 0.5}}
 

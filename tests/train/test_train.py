@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from tiny_runs import arguments, losses_of
 import dinov2
 from dinov2.configs import dinov2_default_config
 from dinov2.data.multicrop import TooManyUnreadable
+from dinov2.fsdp import CheckpointError
 from dinov2.train import train as module
 from dinov2.train.health import read_history
 from dinov2.train.resume import ResumeError
@@ -212,6 +214,28 @@ def test_activation_checkpointing_changes_no_loss(cell_folder, tmp_path, checkpo
     changes = {**short, "train.activation_checkpointing": checkpointing}
     assert main(arguments(cell_folder, tmp_path / "less", **changes)) == 0
     assert losses_of(tmp_path / "plain") == pytest.approx(losses_of(tmp_path / "less"), rel=1e-5)
+
+
+@pytest.fixture
+def small_files_only():
+    """What a full disk is to large files: a write past 1 MiB fails, smaller ones do not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_weights_that_cannot_be_written_end_a_run_only_if_they_are_the_last(
+    cell_folder, tmp_path, caplog, small_files_only
+):
+    short = {"optim.epochs": 1, "optim.warmup_epochs": 0, "evaluation.eval_period_iterations": 2}
+    with caplog.at_level("ERROR"), pytest.raises(CheckpointError, match="the last checkpoint could not be written"):
+        main(arguments(cell_folder, tmp_path, **short))
+    assert "model_0000001 was NOT saved" in caplog.text
+    for name in ("training_2", "training_4"):
+        assert re.search(rf"could not be written to \S*{name} \(\d+ MiB free", caplog.text)
+    assert sorted(losses_of(tmp_path)) == [0, 1, 2, 3]
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".partial", ".tmp", ".pth", ".safetensors")]
 
 
 def test_the_schedules_start_warm_and_end_as_configured():
