@@ -164,12 +164,19 @@ class CachedImages:
             fcntl.lockf(self._file, fcntl.LOCK_UN)
 
     def _stamp(self, index: int) -> int:
-        """Size and modification time of the image file in one number; 0 for an image in a shard."""
+        """Size and modification time of the image file, or of the shard it lies in, in one number; 0 if it is gone."""
         try:
-            status = os.stat(self.dataset.path(index))
+            status = _stat_file(self.dataset.path(index))
         except OSError:
             return 0
         return (status.st_mtime_ns * 1_000_003 + status.st_size) & (2**64 - 1)
+
+
+def _stat_file(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except NotADirectoryError:  # a member of a shard
+        return _stat_file(os.path.dirname(path))
 
 
 def _open_or_create(path: str, images: int, capacity: int) -> int:

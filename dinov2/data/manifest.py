@@ -228,9 +228,18 @@ class Index:
         if self._is_whole(path):
             return np.arange(len(self))
         if self.info["kind"] == "manifest":
-            return np.flatnonzero(pc.starts_with(self.column("name"), self._prefix(path) + b"/").to_numpy())
+            return self._listed_below(os.fsencode(path))
         first, count = self._folders_below(path)
         return np.concatenate([np.arange(a, a + n) for a, n in zip(first, count)] or [np.arange(0)])
+
+    def _listed_below(self, path: bytes) -> np.ndarray:
+        """The rows of a manifest below a folder; its paths may be relative, absolute, or wind through `..`."""
+        folders = pc.replace_substring_regex(self.column("name"), "[^/]*$", "").combine_chunks().dictionary_encode()
+        absolute = [os.path.normpath(os.path.join(self._root, folder)) for folder in folders.dictionary.to_pylist()]
+        is_below = np.array(
+            [os.path.join(folder, b"").startswith(os.path.join(path, b"")) for folder in absolute], bool
+        )
+        return np.flatnonzero(is_below[folders.indices.to_numpy()])
 
     def count_below(self, path: str) -> int:
         """Return the number of `rows_below(path)`, without listing them where that can be avoided."""

@@ -6,6 +6,7 @@ Only this room and `fsdp` use `torch.distributed`. On one process no group is ma
 import datetime
 import logging
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger("dinov2")
+
+GRACE_SECONDS = 0.2  # between the end of the group and whatever comes next
 
 _environment: ProcessEnvironment | None = None  # of the group that `enable` made
 
@@ -134,11 +137,17 @@ def enable(
 
 
 def disable() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one.
+
+    PyTorch's caches of sharded operations keep the group, and so gloo's threads, past its end. One that has yet to let
+    go of the tensors of the last collective while the interpreter is torn down aborts the process
+    (https://github.com/pytorch/pytorch/pull/179291): they get a moment.
+    """
     global _environment
     _environment = None
     if is_enabled():
         dist.destroy_process_group()
+        time.sleep(GRACE_SECONDS)
 
 
 def _gpu_index(environment: ProcessEnvironment, device: torch.device | str | None) -> int:

@@ -2,6 +2,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import tarfile
 import time
 from itertools import islice
 
@@ -75,6 +76,20 @@ def test_an_image_that_changed_is_not_taken_from_the_file(dataset, tmp_path):
     Image.new("RGB", (40, 30), (9, 8, 7)).save(dataset.path(3))
     os.utime(dataset.path(3), (time.time() + 5, time.time() + 5))
     assert CachedImages(dataset, tmp_path / "file.pixels", 10**6).read(3)[0, 0].tolist() == [9, 8, 7]
+
+
+def test_a_shard_written_anew_under_the_same_names_is_read_anew(tmp_path):
+    shard = tmp_path / "cells.tar"
+
+    def write(colour):
+        Image.new("RGB", (16, 16), colour).save(tmp_path / "cell.png")
+        with tarfile.open(shard, "w") as archive:
+            archive.add(tmp_path / "cell.png", "class/cell.png")
+        return ImageDataset(shard, cache_dir=tmp_path / "cache")
+
+    assert CachedImages(write((1, 2, 3)), tmp_path / "file.pixels", 10**6).read(0)[0, 0].tolist() == [1, 2, 3]
+    os.utime(shard, (time.time() - 100, time.time() - 100))
+    assert CachedImages(write((9, 8, 7)), tmp_path / "file.pixels", 10**6).read(0)[0, 0].tolist() == [9, 8, 7]
 
 
 def test_an_unreadable_image_stays_unreadable(dataset, tmp_path):

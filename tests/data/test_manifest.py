@@ -240,6 +240,16 @@ def test_a_parquet_manifest_may_point_anywhere(tmp_path):
     assert index.rows_below(str(tmp_path / "cells.parquet")).tolist() == [0, 1]
 
 
+def test_a_folder_is_found_in_a_manifest_however_its_paths_are_written(tmp_path):
+    paths = [f"{tmp_path}/a/0.jpg", "a/1.jpg", "./a/b/2.jpg", f"../{tmp_path.name}/a/3.jpg", "ab/4.jpg", "5.jpg"]
+    (tmp_path / "cells.csv").write_text("path\n" + "\n".join(paths) + "\n")
+    (index,) = Catalog.open(tmp_path / "cells.csv", cache_dir=tmp_path / "cache").indexes
+    assert index.rows_below(str(tmp_path / "a")).tolist() == [0, 1, 2, 3]
+    assert index.rows_below(str(tmp_path / "a" / "b")).tolist() == [2]
+    assert index.rows_below(str(tmp_path)).tolist() == [0, 1, 2, 3, 4, 5]
+    assert index.rows_below(str(tmp_path / "c")).tolist() == []
+
+
 def test_a_changed_csv_is_read_again(tmp_path):
     csv = tmp_path / "cells.csv"
     csv.write_text("path\na.jpg\n")
