@@ -4,6 +4,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 PYTHON ?= python3.13 python3.12 python3.11 python3.10 python3
 WORKERS ?= logical
+BENCH_DATA ?= build/cells
 
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
@@ -45,8 +46,10 @@ format: $(READY) ## Mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## Time the parts that decide the speed of training
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+bench: $(READY) ## Time the data path and the step, on drawn cells or BENCH_DATA=folder
+	@test -d $(BENCH_DATA) || $(BIN)/dinov2 synth --out $(BENCH_DATA) --per-class 20
+	$(BIN)/python benchmarks/multicrop.py --rounds 0 $(BENCH_DATA)
+	$(BIN)/python benchmarks/train_step.py --cases demo
 
 clean: ## Remove the environment and all caches; ./demo and ./runs stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
